@@ -1,0 +1,1 @@
+"""LoRA branches beside frozen linears: injection, initialisation, PEFT's file format."""

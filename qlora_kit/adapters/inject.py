@@ -1,0 +1,102 @@
+"""Adapters on a base: hang branches in, choose which are active, merge them in place and take them out again.
+
+Imported by: adapters.store, training.loop, generation, export, the commands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from qlora_kit import recipe
+from qlora_kit.adapters.initialise import LORA_INITIALISATIONS
+from qlora_kit.adapters.lora import DropoutSeed, LoRABranch, mixed_seed
+from qlora_kit.base.loader import Base
+from qlora_kit.errors import ModelError, RecipeError, nearest
+from qlora_kit.planning.shapes import matches
+
+DEFAULT = "default"
+
+
+def inject(base: Base, settings: recipe.Adapter, seed: int, name: str = DEFAULT) -> DropoutSeed:
+    """Give every targeted linear a fresh branch, and make the adapter the only active one.
+
+    A is drawn from (seed, position of the linear), so it does not depend on which other linears are targeted.
+    Returns: the seed of the branches' dropout, for the training loop to advance.
+    Raises: RecipeError: `target_modules` matches nothing.
+    """
+    linears = base.linears()
+    targets = [linear for linear in linears if matches(linear, settings.target_modules)]
+    if not targets:
+        leaves = sorted({linear.rpartition(".")[2] for linear in linears})
+        wrong = settings.target_modules if isinstance(settings.target_modules, str) else settings.target_modules[0]
+        raise RecipeError(
+            f"adapter.target_modules: {settings.target_modules!r} matches no linear of the decoder blocks; "
+            f"they are {', '.join(leaves)}{nearest(wrong, leaves)}"
+        )
+    dropout_seed, dtype = DropoutSeed(), getattr(torch, settings.dtype)
+    for index, (linear_name, linear) in enumerate(linears.items()):
+        if linear_name not in targets:
+            continue
+        generator = torch.Generator().manual_seed(mixed_seed("lora_A", seed, index))
+        lora_A = torch.empty(settings.rank, linear.in_features)
+        LORA_INITIALISATIONS[settings.init](lora_A, generator)
+        linear.branches[name] = LoRABranch(
+            lora_A.to(base.device, dtype),
+            torch.zeros(linear.out_features, settings.rank, device=base.device, dtype=dtype),
+            scale=settings.scale,
+            dropout_probability=settings.dropout,
+            dropout_seed=dropout_seed,
+            index=index,
+        )
+    activate(base, [name])
+    return dropout_seed
+
+
+def branches(base: Base, name: str = DEFAULT) -> dict[str, LoRABranch]:
+    """The branches of one adapter by the full name of their linear, in the model's order."""
+    return {
+        linear_name: linear.branches[name]  # type: ignore[misc]
+        for linear_name, linear in base.linears().items()
+        if name in linear.branches
+    }
+
+
+def adapter_names(base: Base) -> list[str]:
+    """The adapters that this base carries, in the order in which they came."""
+    return list(dict.fromkeys(name for linear in base.linears().values() for name in linear.branches))
+
+
+def activate(base: Base, names: Iterable[str]) -> None:
+    """Choose the adapters that take part from now on; none: the plain base.
+
+    Raises: ModelError: no such adapter on this base.
+    """
+    names, known = tuple(names), adapter_names(base)
+    for name in names:
+        if name not in known:
+            raise ModelError(f"adapter {name!r} is not loaded; loaded are {known}{nearest(name, known)}")
+    for linear in base.linears().values():
+        if linear.merged is not None:
+            raise ModelError("an adapter is merged into the base; unmerge it before choosing another")
+        linear.active = names
+
+
+def merge(base: Base) -> None:
+    """Put the active adapters into dense copies of the weights: no cost per token, more memory. See `unmerge`."""
+    for linear in base.linears().values():
+        linear.merge()
+
+
+def unmerge(base: Base) -> None:
+    """Undo `merge` exactly."""
+    for linear in base.linears().values():
+        linear.unmerge()
+
+
+def trainable_parameters(base: Base, name: str = DEFAULT) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) of an adapter: `model.layers.0.self_attn.q_proj.lora_A` and so on."""
+    for linear_name, branch in branches(base, name).items():
+        yield f"{linear_name}.lora_A", branch.lora_A
+        yield f"{linear_name}.lora_B", branch.lora_B

@@ -1,0 +1,1 @@
+"""The frozen base model: reading its files, quantizing its linears, building its modules."""

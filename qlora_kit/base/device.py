@@ -1,0 +1,58 @@
+"""The device: which one, what it can do, how full it is. The only module that knows what is CUDA's alone.
+
+On a machine without an accelerator the host is the device: its bytes are the process' resident memory.
+Imported by: training, generation, export, the commands.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from qlora_kit.errors import RecipeError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of `train.device`; auto: the accelerator if there is one, else the CPU.
+
+    Raises: RecipeError: it is asked for by name and not there.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    if name != "cpu" and (accelerator is None or accelerator.type != name):
+        found = accelerator.type if accelerator else "none"
+        raise RecipeError(f"train.device: {name} is not available, accelerator found: {found}; use auto or cpu")
+    return torch.device(name)
+
+
+def has_unified_memory(device: torch.device) -> bool:
+    """Whether bitsandbytes can page optimizer state between device and host (CUDA's managed memory)."""
+    return device.type == "cuda"
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin a new measurement of `peak_bytes`. The host's peak cannot be reset without root; it stays."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most bytes in use on the device so far: the allocator's on CUDA, the process' resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes() -> int:
+    """Host memory that this process holds now."""
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    import psutil
+
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,179 @@
+"""A frozen linear of the base with room for LoRA branches beside it: y = x W^T + b + s (x A^T) B^T.
+
+Why one autograd function: it keeps x once (not at all without a branch), never the dequantized weight, and takes W
+again from its handle, the module, in backward; so W may be stored in 4 bits, or be elsewhere in between.
+How: W comes from `FrozenLinear.weight()`; the branch is added in place with `addmm`, in the dtype of x.
+Shapes: N tokens, I in, O out, R rank (the sum of the ranks when several adapters are active).
+Imported by: base.loader (builds it), adapters (hangs branches in), export (reads weights).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_kit.base import nf4
+
+
+class Branch(Protocol):
+    """What the product needs of a LoRA branch: `adapters.lora.LoRABranch`."""
+
+    lora_A: nn.Parameter  # [R, I]
+    lora_B: nn.Parameter  # [O, R]
+    scale: float
+
+    def dropout(self) -> Dropout | None: ...
+
+
+class Dropout:
+    """Dropout as a pure function of a seed, so that no mask is stored and a step can be repeated exactly."""
+
+    def __init__(self, probability: float, seed: int) -> None:
+        self.probability, self.seed = probability, seed
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x with each value kept and scaled by 1 / (1 - p), or zero; the same call gives the same mask."""
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        keep = 1.0 - self.probability
+        mask = torch.empty_like(x).bernoulli_(keep, generator=generator)
+        return mask.mul_(x).div_(keep)
+
+
+class FrozenLinear(nn.Module):
+    """One linear of the base, its weight in 4 bits or dense, with LoRA branches by adapter name.
+
+    Attributes:
+        branches: every adapter that has a branch here.
+        active: names of the adapters that take part in the product, in order.
+        merged: W + the update of the active adapters, when merged in place; else None.
+    """
+
+    bias: Tensor | None
+    dense: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        quantization: str,
+        double_quant: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.quantization, self.dtype = quantization, dtype
+        self.branches = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.merged: Tensor | None = None
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"dense": ((out_features, in_features), dtype)}
+        if quantization != "none":
+            shapes = nf4.state_shapes(in_features * out_features, double_quant)
+        self.stored = tuple(shapes)
+        for name, (shape, stored_dtype) in shapes.items():
+            self.register_buffer(name, torch.empty(shape, dtype=stored_dtype, device="meta"))
+        self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device="meta") if bias else None)
+
+    def store(self, weight: Tensor) -> None:
+        """Take the weight, [O, I] on the device where it is to live, quantizing it if this linear is quantized."""
+        stored = {"dense": weight.to(self.dtype)}
+        if self.quantization != "none":
+            stored = nf4.quantize(weight.to(self.dtype), self.quantization, "absmax_offset" in self.stored)
+        for name, value in stored.items():
+            setattr(self, name, value)
+
+    def base_weight(self) -> Tensor:
+        """W as the base has it, [O, I]: dequantized anew, or the dense tensor itself (do not write to it)."""
+        if self.quantization == "none":
+            return self.dense
+        stored = {name: getattr(self, name) for name in self.stored}
+        return nf4.dequantize(stored, (self.out_features, self.in_features), self.quantization, self.dtype)
+
+    def weight(self) -> Tensor:
+        """W as the product uses it: the merged weight if there is one."""
+        return self.base_weight() if self.merged is None else self.merged
+
+    def active_branches(self) -> list[Branch]:
+        """The branches that take part in the product."""
+        if self.merged is not None:
+            return []
+        return [self.branches[name] for name in self.active if name in self.branches]  # type: ignore[misc]
+
+    def merge(self) -> None:
+        """Put the active adapters' update into a dense copy of the weight: fp32 arithmetic, rounded once."""
+        branches = self.active_branches()
+        if not branches:
+            return
+        weight = self.base_weight().float()
+        for branch in branches:
+            weight.addmm_(branch.lora_B.detach().float(), branch.lora_A.detach().float(), alpha=branch.scale)
+        self.merged = weight.to(self.dtype)
+
+    def unmerge(self) -> None:
+        """Undo `merge`, exactly: the base's own weight was never touched."""
+        self.merged = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., O] of x [..., I]."""
+        branches = self.active_branches()
+        if not branches:
+            return _FrozenLinear.apply(x, None, None, self, 1.0, None)
+        if len(branches) == 1:
+            (branch,) = branches
+            return _FrozenLinear.apply(x, branch.lora_A, branch.lora_B, self, branch.scale, branch.dropout())
+        # Several adapters are one of the sum of their ranks: s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2].
+        lora_A = torch.cat([branch.lora_A.to(x.dtype) for branch in branches])
+        lora_B = torch.cat([branch.lora_B.to(x.dtype) * branch.scale for branch in branches], dim=1)
+        return _FrozenLinear.apply(x, lora_A, lora_B, self, 1.0, None)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.quantization}, active={list(self.active)}"
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """y = x W^T + b + s (drop(x) A^T) B^T; gradients of x, A and B, none of W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        linear: FrozenLinear,
+        scale: float,
+        dropout: Dropout | None,
+    ) -> Tensor:
+        ctx.linear, ctx.scale, ctx.dropout = linear, scale, dropout
+        y = F.linear(x, linear.weight(), linear.bias)
+        if lora_A is None or lora_B is None:
+            return y
+        dropped = x if dropout is None else dropout(x)
+        hidden_NR = F.linear(dropped.reshape(-1, x.shape[-1]), lora_A.to(x.dtype))
+        y.view(-1, y.shape[-1]).addmm_(hidden_NR, lora_B.to(x.dtype).t(), alpha=scale)
+        ctx.save_for_backward(x, lora_A, lora_B, hidden_NR)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_NO = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_A = grad_B = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_NO @ ctx.linear.weight()
+        if ctx.saved_tensors:
+            x, lora_A, lora_B, hidden_NR = ctx.saved_tensors
+            grad_hidden_NR = (grad_NO @ lora_B.to(grad.dtype)).mul_(ctx.scale)
+            dropped = x if ctx.dropout is None else ctx.dropout(x)
+            grad_A = (grad_hidden_NR.t() @ dropped.reshape(-1, x.shape[-1])).to(lora_A.dtype)
+            grad_B = (grad_NO.t() @ hidden_NR).mul_(ctx.scale).to(lora_B.dtype)
+            if grad_x is not None and ctx.dropout is None:
+                grad_x.addmm_(grad_hidden_NR, lora_A.to(grad.dtype))
+            elif grad_x is not None:
+                grad_x += ctx.dropout((grad_hidden_NR @ lora_A.to(grad.dtype)).view_as(x)).view_as(grad_x)
+        if grad_x is not None:
+            grad_x = grad_x.view(*grad.shape[:-1], -1)
+        return grad_x, grad_A, grad_B, None, None, None

@@ -1,0 +1,250 @@
+"""From a model folder to a frozen base on the device: one tensor in flight, nothing initialised at random.
+
+How: transformers builds the model on the meta device; the linears of the decoder blocks become `FrozenLinear`; each
+tensor is read, moved, quantized or cast, and dropped. A tensor that is missing, unexpected or of another shape is an
+error that names it (transformers would initialise it at random and go on).
+Imported by: training.loop, generation, export, the commands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit import recipe
+from qlora_kit.architectures import Architecture, architecture_of
+from qlora_kit.base.linear import FrozenLinear
+from qlora_kit.base.shards import Shards, find_shards
+from qlora_kit.console import progress
+from qlora_kit.errors import ModelError
+from qlora_kit.planning.shapes import read_config
+
+SAMPLE_BYTES = 4096  # of each tensor, twice, in the fingerprint
+UNSAFE_CONFIG_KEYS = ("auto_map", "quantization_config", "transformers_version", "torch_dtype", "dtype")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base model, ready to run.
+
+    Attributes:
+        model: transformers' causal language model; in eval mode for good, no parameter requires a gradient.
+        folder: where its files are.
+        fingerprint: of the weights on disk, before quantization: hex digest over names, dtypes, shapes and samples.
+    """
+
+    model: Any
+    architecture: Architecture
+    settings: recipe.Model
+    folder: Path
+    fingerprint: str
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of computation."""
+        return getattr(torch, self.settings.dtype)
+
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks."""
+        return self.model.get_submodule(self.architecture.blocks)
+
+    def linears(self) -> dict[str, FrozenLinear]:
+        """The frozen linears of the blocks by full name, in the model's order."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, FrozenLinear)}
+
+
+def resolve_folder(path: str, revision: str | None = None) -> Path:
+    """The local folder of a model: `path` itself, or a hub id's snapshot, downloaded if need be.
+
+    Raises: ModelError: neither a folder nor a hub id that can be had.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise ModelError(f"{path}: no such folder, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        found = snapshot_download(
+            path, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+        )
+    except Exception as problem:  # the hub client raises many kinds
+        reason = str(problem).strip().splitlines()[0]
+        raise ModelError(f"{path}: no such folder here, and the hub did not give it: {reason}") from problem
+    return Path(found)
+
+
+def fingerprint(shards: Shards) -> str:
+    """Hex digest that tells two bases apart: every name, dtype and shape, and 8 KiB of each tensor.
+
+    A fine-tuned copy differs in nearly every tensor, so samples are enough; reading 140 GB would take minutes.
+    """
+    digest = hashlib.sha256()
+    for name, entry in sorted(shards.entries.items()):
+        digest.update(f"{name} {entry.dtype} {entry.shape};".encode())
+        size = min(SAMPLE_BYTES, entry.size_bytes)
+        with open(entry.path, "rb") as file:
+            for start in (0, (entry.size_bytes - size) // 2):
+                digest.update(os.pread(file.fileno(), size, entry.offset + start))
+    return digest.hexdigest()[:32]
+
+
+def load_base(settings: recipe.Model, device: torch.device | str = "cpu") -> Base:
+    """Load, quantize and freeze a base model.
+
+    Args:
+        settings: the recipe's `model` section.
+        device: where it is to live.
+    Raises: ModelError: unsupported architecture, or files that are not exactly this model.
+    """
+    folder, device = resolve_folder(settings.path, settings.revision), torch.device(device)
+    config, source = read_config(str(folder))
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method", "unknown")
+        raise ModelError(f"{source}: quantization_config: already quantized ({method}); give the unquantized model")
+    architecture = architecture_of(config, source)
+    shards = Shards(find_shards(folder))
+    model = build_on_meta(config, getattr(torch, settings.dtype), source)
+    _replace_linears(model, architecture, settings)
+    _materialise_buffers(model, device)
+    _fill(model, architecture, shards, device)
+    model.eval().requires_grad_(False)
+    return Base(model, architecture, settings, folder, fingerprint(shards), device)
+
+
+def build_on_meta(config: dict[str, Any], dtype: torch.dtype, source: str) -> Any:
+    """transformers' model of `config` without any memory, its code the library's own.
+
+    Raises: ModelError: transformers refuses the config.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {key: value for key, value in config.items() if key not in UNSAFE_CONFIG_KEYS and key[:1] != "_"}
+    try:
+        parsed = AutoConfig.for_model(**fields)
+        parsed.use_cache = True
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(parsed, dtype=dtype)
+    except Exception as problem:  # validation errors of many kinds, all about the user's file
+        raise ModelError(f"{source}: transformers cannot build this model: {problem}") from problem
+
+
+def _replace_linears(model: Any, architecture: Architecture, settings: recipe.Model) -> None:
+    """Put a `FrozenLinear` in the place of each linear of the decoder blocks."""
+    dtype = getattr(torch, settings.dtype)
+    blocks = model.get_submodule(architecture.blocks)
+    for name, module in list(blocks.named_modules()):
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            continue
+        out_features, in_features = weight.shape[::-1] if architecture.transposed else weight.shape
+        frozen = FrozenLinear(
+            in_features,
+            out_features,
+            bias=module.bias is not None,
+            quantization=settings.quantization,
+            double_quant=settings.double_quant,
+            dtype=dtype,
+        )
+        parent, _, leaf = name.rpartition(".")
+        setattr(blocks.get_submodule(parent), leaf, frozen)
+
+
+def _fill(model: Any, architecture: Architecture, shards: Shards, device: torch.device) -> None:
+    """Give every weight of the model its tensor from the files."""
+    names = _match_names(model, architecture, shards)
+    total = sum(shards.entries[stored].size_bytes for stored in names.values())
+    with progress("loading the base", total) as advance:
+        for target, stored in names.items():
+            _place(
+                model,
+                architecture,
+                target,
+                shards.read(stored),
+                device,
+                f"{shards.entries[stored].path}: {stored}",
+            )
+            advance(shards.entries[stored].size_bytes, "")
+    model.tie_weights()
+
+
+def _match_names(model: Any, architecture: Architecture, shards: Shards) -> dict[str, str]:
+    """Name in the model -> name in the files, for every tensor.
+
+    Raises: ModelError: a tensor is missing or unexpected.
+    """
+    wanted = [name for name, _ in expected_tensors(model)]
+    stored = {architecture.name_in_model(name): name for name in shards.entries}
+    stored.pop(None, None)
+    head = f"{architecture.head}.weight"
+    if model.config.tie_word_embeddings:  # the head is the embedding, whatever the files hold under its name
+        wanted = [name for name in wanted if name != head]
+        stored.pop(head, None)
+    folder = next(iter(shards.entries.values())).path.parent
+    if missing := [name for name in wanted if name not in stored]:
+        raise ModelError(f"{folder}: tensor {missing[0]!r} is missing ({len(missing)} of {len(wanted)} are)")
+    if unexpected := [name for name in stored if name not in wanted]:
+        raise ModelError(
+            f"{folder}: tensor {stored[unexpected[0]]!r} is unexpected ({len(unexpected)} are): "
+            f"the files do not belong to this config.json ({model.config.model_type})"
+        )
+    return {name: stored[name] for name in wanted}
+
+
+def expected_tensors(model: Any) -> Iterable[tuple[str, Tensor | FrozenLinear]]:
+    """(name of the stored tensor, parameter or the linear that takes it) for a model with replaced linears."""
+    frozen = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+    for name, module in frozen.items():
+        yield f"{name}.weight", module
+        if module.bias is not None:
+            yield f"{name}.bias", module.bias
+    for name, parameter in model.named_parameters():
+        yield name, parameter
+
+
+def _place(model: Any, architecture: Architecture, name: str, value: Tensor, device: torch.device, where: str) -> None:
+    """Put one tensor where it belongs.
+
+    Raises: ModelError: its shape is not the model's.
+    """
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    is_weight = isinstance(module, FrozenLinear) and leaf == "weight"
+    if is_weight and architecture.transposed:
+        value = value.t()
+    shape = (module.out_features, module.in_features) if is_weight else tuple(getattr(module, leaf).shape)
+    if tuple(value.shape) != shape:
+        raise ModelError(f"{where}: shape {list(value.shape)}, the config asks for {list(shape)}")
+    if is_weight:
+        module.store(value.to(device))
+    elif isinstance(module, FrozenLinear):
+        module.bias = value.to(device, module.dtype)
+    else:
+        dtype = getattr(module, leaf).dtype
+        setattr(module, leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))
+
+
+def _materialise_buffers(model: Any, device: torch.device) -> None:
+    """Compute the buffers that no file holds (rotary frequencies, embedding scales), by transformers' own rules.
+
+    Called before the weights are filled in: `_init_weights` would draw those at random, and on meta it cannot.
+    """
+    for module in model.modules():
+        names = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        if not names or isinstance(module, FrozenLinear):
+            continue
+        for name in names:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        model._init_weights(module)
+        for name in names:
+            module._buffers[name] = module._buffers[name].to(device)

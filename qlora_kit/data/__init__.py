@@ -1,0 +1,1 @@
+"""From a user's file to batches of token ids, labels and positions."""

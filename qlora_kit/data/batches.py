@@ -1,0 +1,165 @@
+"""Examples to tensors: which rows an optimizer step sees, and what the model is given.
+
+Why a pure function of (seed, step): a resumed run then needs no state of its data, and sees no other order.
+Order of epoch e: rows sorted by blake2b(seed, e, row). A hash gives the same order on every platform and in
+every version of Python and torch; their own shuffles promise that for none.
+Packed documents are kept apart by position ids that begin anew at 0: transformers 5 builds a block-diagonal
+mask from them (masking_utils.find_packed_sequence_indices) as long as neither an attention mask nor a cache
+is given, so call the model with `use_cache=False`, and with sdpa or eager attention. Padding stands on the
+right, where causal attention never looks, and counts on, so it needs no mask either.
+Shapes: B rows, T tokens of the longest row. Imported by training, profiling and evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_kit.data.packing import pack
+from qlora_kit.data.tokenize import IGNORE_INDEX, Example
+
+Row = list[int]  # indices of the examples that share a row
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """What one forward pass takes.
+
+    Attributes:
+        input_ids: [B, T] int64, padded on the right with pad_id.
+        targets: [B, T] int64, already shifted; IGNORE_INDEX where nothing is learned.
+        position_ids: [B, T] int64, from 0 in each document; padding counts on.
+        learned_tokens: targets that are not IGNORE_INDEX.
+        tokens: real ones, without padding.
+        documents: per row the lengths of its documents; they sum to `tokens`.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    position_ids: Tensor
+    learned_tokens: int
+    tokens: int
+    documents: list[list[int]]
+
+
+def _check(examples: Sequence[Example], seq_len: int) -> None:
+    if not examples:
+        raise ValueError("no examples")
+    for example in examples:
+        if len(example.input_ids) > seq_len:
+            found = len(example.input_ids)
+            raise ValueError(f"{example.source}: {found} tokens, more than seq_len {seq_len}")
+
+
+def _rows(examples: Sequence[Example], seq_len: int, packing: bool) -> list[Row]:
+    """Rows in a fixed order, the longest first."""
+    _check(examples, seq_len)
+    lengths = [len(example.input_ids) for example in examples]
+    rows = pack(lengths, seq_len) if packing else [[index] for index in range(len(examples))]
+    return sorted(rows, key=lambda row: (-sum(lengths[index] for index in row), row))
+
+
+def _collate(examples: Sequence[Example], rows: Sequence[Row], pad_id: int) -> MicroBatch:
+    documents = [[len(examples[index].input_ids) for index in row] for row in rows]
+    width = max(map(sum, documents))
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    targets = torch.full((len(rows), width), IGNORE_INDEX, dtype=torch.long)
+    position_ids = torch.empty((len(rows), width), dtype=torch.long)
+    for number, row in enumerate(rows):
+        start = 0
+        for index in row:
+            end = start + len(examples[index].input_ids)
+            input_ids[number, start:end] = torch.tensor(examples[index].input_ids)
+            targets[number, start:end] = torch.tensor(examples[index].targets)
+            position_ids[number, start:] = torch.arange(width - start)  # to the end: padding counts on
+            start = end
+    return MicroBatch(
+        input_ids=input_ids,
+        targets=targets,
+        position_ids=position_ids,
+        learned_tokens=int((targets != IGNORE_INDEX).sum()),
+        tokens=sum(map(sum, documents)),
+        documents=documents,
+    )
+
+
+class Batches:
+    """The endless, repeatable sequence of training batches.
+
+    Args:
+        examples: from `load_examples`, each at most seq_len tokens.
+        micro_batch: rows of one forward.
+        grad_accumulation: forwards of one optimizer step.
+        seq_len: tokens of a packed row.
+        packing: several examples in a row; the rows are formed once and shuffled anew for each epoch.
+        seed: of the order.
+        pad_id: any id that the embedding has; nothing is learned from it.
+    Raises: ValueError: no examples, or one longer than seq_len.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        micro_batch: int,
+        grad_accumulation: int,
+        seq_len: int,
+        packing: bool,
+        seed: int,
+        pad_id: int,
+    ) -> None:
+        self._examples = examples
+        self._rows = _rows(examples, seq_len, packing)
+        self._micro_batch = micro_batch
+        self._rows_per_step = micro_batch * grad_accumulation
+        self._seed = seed
+        self._pad_id = pad_id
+        self._order: tuple[int, list[int]] = (-1, [])  # the epoch asked for last; a cache, never state
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch; the last may have fewer rows, and counts."""
+        return -(-len(self._rows) // self._rows_per_step)
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of optimizer step `step`, from 0, over as many epochs as are asked for."""
+        epoch, window = divmod(step, self.steps_per_epoch)
+        start = window * self._rows_per_step
+        chosen = [self._rows[row] for row in self._epoch(epoch)[start : start + self._rows_per_step]]
+        return _chunks(self._examples, chosen, self._micro_batch, self._pad_id)
+
+    def longest(self) -> MicroBatch:
+        """The micro-batch with the worst shape that any step can have: what fits this, fits the run."""
+        return _collate(self._examples, self._rows[: self._micro_batch], self._pad_id)
+
+    def _epoch(self, epoch: int) -> list[int]:
+        if self._order[0] != epoch:
+            self._order = (epoch, permutation(len(self._rows), self._seed, epoch))
+        return self._order[1]
+
+
+def permutation(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of `count` rows in an epoch: a fixed function of its arguments, on every machine."""
+
+    def key(row: int) -> bytes:
+        return hashlib.blake2b(f"{seed}:{epoch}:{row}".encode(), digest_size=16).digest()
+
+    return sorted(range(count), key=key)
+
+
+def _chunks(examples: Sequence[Example], rows: Sequence[Row], size: int, pad_id: int) -> list[MicroBatch]:
+    return [_collate(examples, rows[start : start + size], pad_id) for start in range(0, len(rows), size)]
+
+
+def eval_batches(
+    examples: Sequence[Example], *, micro_batch: int, seq_len: int, packing: bool, pad_id: int
+) -> list[MicroBatch]:
+    """Every example once, the longest rows first: little padding, and if memory is short it shows at once.
+
+    Raises: ValueError: no examples, or one longer than seq_len.
+    """
+    return _chunks(examples, _rows(examples, seq_len, packing), micro_batch, pad_id)

@@ -1,0 +1,1 @@
+"""Merged full-precision models, and the proof that they are the same model."""

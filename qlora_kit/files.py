@@ -1,0 +1,175 @@
+"""The one module that makes bytes durable: everything the kit writes is written aside, synced and renamed.
+
+Why: a killed process or a full disk must leave the old file or the new one, never half of either
+(safetensors' own `save_file` does not sync, and leaves the file with mode 0600). A test forbids writing elsewhere.
+Imports no torch: tensors arrive as buffers. Imported by recipe, planning, adapters, training, export and tools.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from qlora_kit.errors import DiskError, LockedError
+from qlora_kit.units import format_bytes
+
+_ASIDE = ".partial"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that appears under `path` only when the block ends well.
+
+    Raises: DiskError: the disk is full or the folder is not writable; nothing is left behind.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}{_ASIDE}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise DiskError(f"{path}: cannot write: {error.strerror or error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` durably; see `atomic_file`."""
+    with atomic_file(Path(path)) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text durably."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON durably; NaN and infinity are refused, since other readers refuse them."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def append_line(file: IO[str], value: dict[str, Any]) -> None:
+    """Append one JSON object to an open log; a cut can lose the last line but never tear an older one."""
+    file.write(json.dumps(value, allow_nan=False) + "\n")
+    file.flush()
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def safetensors_header(
+    entries: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: dict[str, str] | None = None
+) -> bytes:
+    """The head of a safetensors file: length and JSON, padded to 8 bytes.
+
+    Args:
+        entries: name, safetensors dtype ("BF16"), shape, bytes; in the order in which the data will follow.
+        metadata: free strings.
+    Source: the safetensors format; data of one tensor begins where that of the one before ends.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name, dtype, shape, size_bytes in entries:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size_bytes]}
+        offset += size_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A folder that appears as `target` only when the block ends well; files inside are already durable.
+
+    Raises: DiskError: `target` exists, or the disk refuses.
+    """
+    aside = target.with_name(f".{target.name}.{os.getpid()}{_ASIDE}")
+    if target.exists():
+        raise DiskError(f"{target}: already exists; choose another folder or remove it")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        sync_folder(aside)
+        os.rename(aside, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise DiskError(f"{target}: cannot write: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in `folder`: only names that this module gives, so never a user's file."""
+    for path in folder.glob(f".*{_ASIDE}"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder in two steps, so that a cut never leaves half of it under its own name."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}{_ASIDE}")
+    os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def require_free_space(folder: Path, needed_bytes: int, purpose: str) -> None:
+    """Raises: DiskError: the disk of `folder` has less than `needed_bytes` free."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise DiskError(
+            f"{folder}: {purpose} needs {format_bytes(needed_bytes)}, {format_bytes(free_bytes)} is free; "
+            f"nothing was written. Free {format_bytes(needed_bytes - free_bytes)} or choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a run folder for one process; the kernel frees it even after kill -9.
+
+    Raises: LockedError: another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")  # noqa: SIM115 - held until the block ends
+    except OSError as error:
+        raise DiskError(f"{folder}: cannot write: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise LockedError(f"{folder}: locked by process {holder}; wait for it or choose another output") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

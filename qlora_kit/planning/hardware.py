@@ -1,0 +1,151 @@
+"""How much memory a device has: a catalogue of GPUs, the card in this machine, or the host's RAM.
+
+Why: a plan is made before torch is imported, often for a card that is not here. Imports no torch, and psutil only when
+the host's memory is asked for. Imported by planning/planner.py and the command line.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_kit.errors import RecipeError, nearest
+
+GIB = 2**30
+# CUDA context, cuBLAS workspace and the allocator's rounding: an estimate for one process, 64-bit Linux. The context
+# alone is 250 to 500 MiB, by card and driver; what `nvidia-smi` shows above torch's own figure before any model.
+CUDA_RUNTIME_BYTES = 512 * 2**20
+UNIFIED_MEMORY_SHARE = 0.75  # of the RAM of an Apple machine, what Metal lets the GPU take
+
+# GiB that a driver hands to torch (`total_memory`, as out-of-memory messages print it), rounded down to 0.1; less than
+# the number on the box, since firmware, and error correction where it is on, take their part.
+_GPU_GIB = {
+    "rtx-2060-6gb": 5.7,
+    "rtx-2080-ti": 10.7,
+    "rtx-3060-12gb": 11.7,
+    "rtx-3070": 7.6,
+    "rtx-3080-10gb": 9.6,
+    "rtx-3090": 23.5,
+    "rtx-4060": 7.6,
+    "rtx-4060-ti-16gb": 15.5,
+    "rtx-4070": 11.6,
+    "rtx-4080": 15.6,
+    "rtx-4090": 23.5,
+    "rtx-5070-ti": 15.4,
+    "rtx-5090": 31.3,
+    "rtx-a4000": 15.6,
+    "rtx-a6000": 47.4,
+    "rtx-6000-ada": 47.4,
+    "p100": 15.8,
+    "v100-16gb": 15.7,
+    "v100-32gb": 31.7,
+    "t4": 14.5,
+    "a10g": 22.0,
+    "l4": 22.0,
+    "l40s": 44.4,
+    "a40": 44.4,
+    "a100-40gb": 39.3,
+    "a100-80gb": 79.1,
+    "h100": 79.1,
+    "h200": 139.7,
+}
+GPUS: dict[str, int] = {name: int(gib * GIB) for name, gib in _GPU_GIB.items()}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the model lives: kind ("cuda", "cpu", "mps", "xpu"), what to call it, and its memory in bytes."""
+
+    kind: str
+    name: str
+    memory_bytes: int
+
+    @property
+    def runtime_bytes(self) -> int:
+        """What the run-time system takes before any tensor: nothing on the host, a constant on a card (estimated)."""
+        return CUDA_RUNTIME_BYTES if self.kind in ("cuda", "xpu") else 0
+
+
+def find_gpu(name: str) -> Device:
+    """A card of the catalogue; case, blanks and the maker's words do not matter: "NVIDIA GeForce RTX 4090".
+
+    Raises: RecipeError: not in the catalogue; names the nearest.
+    """
+    key = re.sub(r"[\s_]+", "-", name.strip().lower())
+    key = re.sub(r"^(nvidia-)?((geforce|tesla)-)?", "", key)
+    key = f"rtx-{key}" if key[:1].isdigit() else key
+    if key not in GPUS:
+        same_card = [known for known in GPUS if known.startswith(f"{key}-") and known.removeprefix(key)[1].isdigit()]
+        hint = f"; which one, {' or '.join(same_card)}?" if same_card else nearest(key, list(GPUS))
+        raise RecipeError(f"--gpu {name!r:.80}: unknown card{hint}; known: {', '.join(GPUS)}; or give --budget")
+    return Device("cuda", key, GPUS[key])
+
+
+def detect_gpu() -> Device | None:
+    """The first NVIDIA card of this machine, asked of its driver's own tool; None: there is none, or no answer."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=memory.total,name", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        mebibytes, _, name = answer.strip().partition(",")
+        return Device("cuda", name.strip(), int(mebibytes) * 2**20)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What this process' control group may still take (cgroup v2, seen from inside); None: no limit."""
+    try:
+        limit = int((root / "memory.max").read_text())
+        used = int((root / "memory.current").read_text())
+        statistics = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        return max(limit - used + int(statistics.get("inactive_file", 0)), 0)
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def host_memory_bytes() -> int:
+    """RAM that is free for this process now: what the system has available, or less in a limited container."""
+    import psutil
+
+    available: int = psutil.virtual_memory().available
+    limited = _cgroup_free_bytes()
+    return available if limited is None else min(available, limited)
+
+
+def device_for(wanted: str, gpu: str | None = None, budget_bytes: int | None = None) -> Device:
+    """The device to plan for, its memory cut to `budget_bytes` when that is less.
+
+    Args:
+        wanted: `train.device`; auto: `gpu` if given, else the card that is here, else the CPU.
+        gpu: a name of the catalogue; need not be here.
+        budget_bytes: the user's limit; also stands in where the memory of a named kind of device is not known.
+    Raises: RecipeError: unknown card, a card for a run on the CPU, or a device whose memory nobody knows.
+    """
+    if gpu is not None and wanted not in ("auto", "cuda"):
+        raise RecipeError(f"--gpu {gpu}: the recipe runs on train.device={wanted}; add --set train.device=cuda")
+    device = find_gpu(gpu) if gpu is not None else _present_device(wanted, budget_bytes)
+    if budget_bytes is None:
+        return device
+    return Device(device.kind, device.name, min(device.memory_bytes, budget_bytes))
+
+
+def _present_device(wanted: str, budget_bytes: int | None) -> Device:
+    found = detect_gpu() if wanted in ("auto", "cuda") else None
+    if found is not None:
+        return found
+    if wanted in ("cuda", "xpu"):
+        if budget_bytes is None:
+            raise RecipeError(f"train.device={wanted}: no such device is seen here; name one with --gpu, or --budget")
+        return Device(wanted, wanted, budget_bytes)
+    if budget_bytes is not None:
+        kind = "cpu" if wanted == "auto" else wanted
+        return Device(kind, kind, budget_bytes)
+    if wanted == "mps":
+        return Device("mps", "mps", int(host_memory_bytes() * UNIFIED_MEMORY_SHARE))
+    return Device("cpu", "cpu", host_memory_bytes())

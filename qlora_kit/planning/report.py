@@ -1,0 +1,106 @@
+"""A plan as a table that a person reads in ten seconds: what takes the memory, the limit, the verdict, the next step.
+
+How: rich draws it; it is imported only when something is printed. Figures come from the plan alone, nothing is computed
+here. Imports no torch. Imported by the command line and training.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qlora_kit.planning.planner import Plan
+from qlora_kit.units import format_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+BAR_CELLS = 28
+MEANINGS = {
+    "base_nf4": "4-bit weights of the blocks",
+    "quant_constants": "their scales",
+    "base_unquantized": "embeddings, head, norms, biases",
+    "adapter": "LoRA A and B",
+    "gradients": "of A and B",
+    "optimizer": "both moments of A and B",
+    "activations": "kept for backward (estimated)",
+    "logits": "one chunk of the loss (estimated)",
+    "workspace": "a linear, dequantized (estimated)",
+    "runtime": "CUDA context, allocator (estimated)",
+}
+MOMENTS = {"loss": "the loss", "block backward": "one block's backward"}
+
+
+def bar(part: int, whole: int, cells: int = BAR_CELLS) -> str:
+    """A bar of `cells` at `part == whole`, in eighths of a cell; longer parts are cut."""
+    eighths = min(round(8 * cells * part / whole), 8 * cells) if whole > 0 else 0
+    full, rest = divmod(eighths, 8)
+    return "█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
+
+
+def verdict(plan: Plan) -> str:
+    """One line: fits or not, how much is needed, how much there is."""
+    needed, there = format_bytes(plan.peak_bytes), format_bytes(plan.budget_bytes)
+    if plan.fits:
+        return f"fits: {needed} needed of {there}, {format_bytes(plan.budget_bytes - plan.peak_bytes)} to spare"
+    missing = format_bytes(plan.peak_bytes - plan.budget_bytes)
+    return f"does not fit: {needed} needed ({plan.peak_phase}), {there} allowed, {missing} too much"
+
+
+def parameters_line(plan: Plan) -> str:
+    """What is trained, in the form that people compare."""
+    return (
+        f"trainable parameters: {plan.trainable_parameters:,} of {plan.total_parameters:,} "
+        f"({plan.trainable_percent:.4f} %)"
+    )
+
+
+def _component_table(plan: Plan) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    total = sum(plan.components.values())
+    whole = max(total, plan.budget_bytes)
+    title = Text(f"training peak, at {MOMENTS[plan.peak_moment]}, on {plan.device.name}", style="italic")
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("component")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("", width=BAR_CELLS, no_wrap=True)
+    table.add_column("what", style="dim")
+    for name, count in plan.components.items():
+        if count:
+            table.add_row(name, format_bytes(count), bar(count, whole), MEANINGS[name])
+    colour = "green" if total <= plan.budget_bytes else "red"
+    table.add_row("total", format_bytes(total), f"[{colour}]{bar(total, whole)}[/]", "", style="bold")
+    table.add_row("limit", format_bytes(plan.budget_bytes), bar(plan.budget_bytes, whole), "memory of the device")
+    return table
+
+
+def _phase_table(plan: Plan) -> Table:
+    from rich.table import Table
+
+    table = Table(title="phases, peak of each", title_justify="left", box=None)
+    table.add_column("phase")
+    for place in ("device", "host", "disk, written"):
+        table.add_column(place, justify="right", no_wrap=True)
+    for name, phase in plan.phases.items():
+        cells = (format_bytes(count) if count else "-" for count in vars(phase).values())
+        table.add_row(name, *cells, style="bold" if name == plan.peak_phase else None)
+    return table
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print components, phases, trained parameters, verdict and next step."""
+    from rich.text import Text
+
+    settings = plan.settings
+    shape = f"{settings['train']['micro_batch']} x {settings['data']['seq_len']} tokens a forward"
+    console.print(Text(f"{settings['model']['path']}, {settings['model']['quantization']}, {shape}", style="bold"))
+    console.print(_component_table(plan))
+    console.print(_phase_table(plan))
+    console.print(Text(parameters_line(plan)))
+    console.print(Text(verdict(plan), style="bold green" if plan.fits else "bold red"))
+    for suggestion in plan.suggestions:
+        console.print(Text(f"  {'fits with: ' if suggestion.startswith('--set') else ''}{suggestion}"), soft_wrap=True)
+    if plan.fits:
+        console.print(Text("next: qlora-kit train with this recipe"))

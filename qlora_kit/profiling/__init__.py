@@ -1,0 +1,1 @@
+"""Measured memory, by the components of the ledger."""

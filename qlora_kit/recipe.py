@@ -1,0 +1,297 @@
+"""The recipe: what a user asks for, typed, with every default in one place.
+
+How: YAML (safe subset, duplicate keys refused, `1e-4` is a number) -> `--set` overrides -> pydantic models that know
+no unknown key. Every complaint names file, line and dotted key. Imports no torch. Imported by everyone below the CLI.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from qlora_kit.errors import RecipeError, nearest
+from qlora_kit.optimizers import OPTIMIZERS
+from qlora_kit.units import parse_bytes
+
+RECIPE_BYTES_LIMIT = 1 << 20
+
+
+def _size(value: Any) -> Any:
+    return value if value == "auto" else parse_bytes(value)
+
+
+Size = Annotated[Literal["auto"] | int, BeforeValidator(_size)]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+DType = Literal["bfloat16", "float16", "float32"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Model(_Section):
+    """The frozen base."""
+
+    path: str = Field(description="folder or hub id of the base model")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    quantization: Literal["nf4", "fp4", "none"] = Field("nf4", description="none: plain LoRA on the unquantized base")
+    double_quant: bool = Field(True, description="quantize the scales too: 4.127 bits per weight instead of 4.5")
+    dtype: DType = Field("bfloat16", description="of computation and of what stays unquantized")
+
+
+class Adapter(_Section):
+    """The LoRA branch, h = W0 x + (alpha / rank) B A x."""
+
+    method: Literal["lora"] = Field("lora")
+    rank: Positive = Field(16)
+    alpha: Annotated[float, Field(gt=0)] = Field(32, description="the branch is scaled by alpha / rank")
+    dropout: Fraction = Field(0.0, description="on the branch's input, repeatable from the seed")
+    target_modules: str | list[str] = Field("all-linear", description="all-linear, a list of names, or a regex")
+    dtype: DType = Field("bfloat16")
+    init: Literal["gaussian", "kaiming"] = Field("gaussian", description="of A; B is always zero")
+
+    @property
+    def scale(self) -> float:
+        """What multiplies B A x."""
+        return self.alpha / self.rank
+
+
+class Data(_Section):
+    """Training and evaluation text."""
+
+    train: str = Field(description="jsonl file")
+    eval: str | float | None = Field(None, description="jsonl file, or a fraction of train: 0.02")
+    format: Literal["auto", "chat", "alpaca", "completion", "text"] = "auto"
+    seq_len: Positive = 1024
+    packing: bool = Field(True, description="several documents in a row, kept apart by the attention mask")
+    learn: Literal["completion", "all"] = "completion"
+
+    @model_validator(mode="after")
+    def _fraction(self) -> Data:
+        if isinstance(self.eval, float) and not 0 < self.eval < 1:
+            raise ValueError(f"eval: a fraction lies between 0 and 1, found {self.eval}")
+        return self
+
+
+def _loss_chunk(value: Any) -> Any:
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"auto, full or a positive number of tokens, found {value}")
+    return value
+
+
+def _optimizer(name: str) -> str:
+    if name not in OPTIMIZERS:
+        raise ValueError(f"one of {', '.join(OPTIMIZERS)}, found {name!r}{nearest(name, list(OPTIMIZERS))}")
+    return name
+
+
+class Memory(_Section):
+    """Where bytes live, and what is traded for them."""
+
+    budget: Size = Field("auto", description="of the device; auto: what it has")
+    placement: Literal["auto", "device", "host", "disk"] = Field("auto", description="where the 4-bit blocks live")
+    gradient_checkpointing: bool = Field(True, description="recompute each block in backward")
+    activation_offload: bool = Field(False, description="keep the blocks' inputs in host memory")
+    loss_chunk_tokens: Annotated[Literal["auto", "full"] | int, AfterValidator(_loss_chunk)] = Field(
+        "auto", description="tokens whose logits exist at a time; full: all of them"
+    )
+
+
+class Train(_Section):
+    """The loop."""
+
+    steps: Positive | None = Field(None, description="optimizer steps; or give epochs")
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    micro_batch: Positive = Field(1, description="sequences per forward")
+    grad_accumulation: Positive = Field(8, description="micro-batches per optimizer step")
+    optimizer: Annotated[str, AfterValidator(_optimizer)] = Field(
+        "paged_adamw_8bit", description=" | ".join(OPTIMIZERS)
+    )
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Fraction = Field(0.03, description="fraction of the steps")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="null: no clipping")
+    eval_every: Positive | None = Field(50, description="steps; null: only at the end")
+    save_every: Positive | None = Field(50, description="steps; null: only at the end")
+    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(2, description="at least 2: one may be found damaged")
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = "auto"
+    trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="also write metrics there")
+
+    @model_validator(mode="after")
+    def _length(self) -> Train:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        return self
+
+
+class Recipe(_Section):
+    """Everything about one run."""
+
+    model: Model
+    adapter: Adapter = Adapter()
+    data: Data
+    memory: Memory = Memory()
+    train: Train = Train()
+    output: str = "runs/run"
+
+    @model_validator(mode="after")
+    def _output_is_not_the_base(self) -> Recipe:
+        base, output = Path(self.model.path).resolve(), Path(self.output).resolve()
+        if output == base or base in output.parents:
+            raise ValueError(f"output {self.output!r} lies in the base model's folder {self.model.path!r}")
+        return self
+
+    def to_yaml(self) -> str:
+        """The recipe as it runs, every default spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `1e-4` is a number and anchors are refused (they can grow without bound)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(problem="aliases are not supported in recipes", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+"),
+    list("-+0123456789."),
+)
+
+
+def _lines(node: yaml.Node, source: str, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """(dotted key, line) of every key. Raises: RecipeError: a key stands twice in one mapping."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
+        if key in seen:
+            raise RecipeError(f"{source}:{line}: key {key!r} is given twice (first in line {seen[key]})")
+        seen[key] = line
+        yield key, line
+        yield from _lines(value_node, source, f"{key}.")
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """A YAML mapping and the line of each dotted key.
+
+    Raises: RecipeError: missing, too large, not YAML, not a mapping, or a duplicate key; names file and line.
+    """
+    try:
+        if path.stat().st_size > RECIPE_BYTES_LIMIT:
+            raise RecipeError(f"{path}: larger than {RECIPE_BYTES_LIMIT} bytes; this is no recipe")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe; `qlora-kit recipes list` shows the prepared ones") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot read: {error}") from error
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        lines = dict(_lines(node, str(path))) if node else {}
+        value = loader.construct_document(node) if node else {}
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise RecipeError(f"{path}:1: a recipe is a mapping of sections, found {type(value).__name__}")
+    return value, lines
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Put one `--set a.b=value` into the nested mapping."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise RecipeError(f"--set {override!r}: expected key=value, such as adapter.rank=32")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"--set {override!r}: {parent!r} is not a section")
+        values = child
+    try:
+        values[last] = yaml.load(text, _Loader) if text else None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override!r}: the value is not valid YAML") from error
+
+
+def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that a recipe may have."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _complaint(error: Any, source: str, lines: dict[str, int], overrides: Sequence[str]) -> str:
+    """One line for one pydantic error: where, what was found, what was expected."""
+    model_keys = [*known_keys(), *Recipe.model_fields]
+    parts = [str(part) for part in error["loc"]]
+    while error["type"] != "extra_forbidden" and len(parts) > 1 and ".".join(parts) not in model_keys:
+        parts.pop()  # pydantic appends the tried branch of a union
+    key = ".".join(parts)
+    if any(override.split("=")[0].strip() == key for override in overrides):
+        where = f"--set {key}"
+    else:
+        known_line = lines.get(key) or lines.get(key.rpartition(".")[0])
+        where = f"{source}:{known_line}" if known_line else source
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key {key!r}{nearest(key, model_keys)}"
+    if error["type"] == "missing":
+        return f"{where}: key {key!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if error["type"] != "value_error":  # ours say what they found
+        message += f", found {error['input']!r}"
+    return f"{where}: {key}: {message}" if key else f"{where}: {message}"
+
+
+def _parse(values: dict[str, Any], source: str, lines: dict[str, int], overrides: Sequence[str]) -> Recipe:
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        complaints = [_complaint(entry, source, lines, overrides) for entry in error.errors()]
+        raise RecipeError("\n".join(dict.fromkeys(complaints))) from None
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in `path`, with `--set` overrides (dotted `key=value`) applied.
+
+    Raises: RecipeError: what is wrong, in which file, line and key, one line each.
+    """
+    values, lines = read_yaml(path)
+    return _parse(values, str(path), lines, overrides)
+
+
+def recipe_for_model(model: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The default recipe for a bare model folder or name, as `plan MODEL` uses it."""
+    return _parse({"model": {"path": model}, "data": {"train": "train.jsonl"}}, "command line", {}, overrides)

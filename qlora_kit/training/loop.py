@@ -1,0 +1,320 @@
+"""The one training loop, top to bottom: load, inject, then for each optimizer step its micro-batches.
+
+A step is a pure function of (recipe, base, data, state after the step before): sample order and dropout come from
+(seed, step, micro-batch), the learning rate from the step. So a resumed run is, bit for bit,
+the run that was not stopped.
+Imported by: the `train` command, the quickstart, tests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit import files
+from qlora_kit.adapters.inject import inject, trainable_parameters
+from qlora_kit.adapters.lora import DropoutSeed
+from qlora_kit.adapters.store import save_adapter
+from qlora_kit.base.device import peak_bytes, pick_device, reset_peak, resident_bytes
+from qlora_kit.base.loader import Base, load_base, resolve_folder
+from qlora_kit.console import note, warn
+from qlora_kit.data.batches import Batches, MicroBatch, eval_batches
+from qlora_kit.data.tokenize import Example, load_examples, load_tokenizer, split_examples
+from qlora_kit.errors import NonFiniteError, RecipeError, Stopped
+from qlora_kit.planning.components import loss_chunk_tokens
+from qlora_kit.profiling.report import write_memory
+from qlora_kit.recipe import Recipe
+from qlora_kit.training.blocks import checkpoint_blocks
+from qlora_kit.training.checkpoint import Progress, load_checkpoint, rotate, save_checkpoint
+from qlora_kit.training.evaluate import Evaluation, evaluate
+from qlora_kit.training.loss import batch_loss
+from qlora_kit.training.metrics import Metrics, open_metrics
+from qlora_kit.training.optim import build_optimizer
+from qlora_kit.training.schedule import learning_rate
+from qlora_kit.training.signals import StopRequest, stop_on_signal
+
+NON_FINITE_LIMIT = 5  # steps in a row that may be skipped
+# Keys that change where a run lives or how often it speaks, but not one bit of its result.
+FREE_KEYS = frozenset(
+    "model.path model.revision data.train data.eval memory.budget memory.placement memory.activation_offload "
+    "memory.gradient_checkpointing train.eval_every train.save_every train.keep_checkpoints train.trackers "
+    "train.device output".split()
+)
+
+
+@dataclass
+class Run:
+    """Everything that a step needs."""
+
+    recipe: Recipe
+    base: Base
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    dropout_seed: DropoutSeed
+    batches: Batches
+    held_out: list[MicroBatch]
+    total_steps: int
+    identity: dict[str, str]
+    progress: Progress
+    stop: StopRequest
+
+    @property
+    def output(self) -> Path:
+        return Path(self.recipe.output)
+
+    @property
+    def chunk_tokens(self) -> int:
+        return loss_chunk_tokens(self.recipe)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    steps: int
+    train_loss: float | None
+    first_evaluation: Evaluation | None
+    last_evaluation: Evaluation | None
+    best_step: int | None
+    peak_bytes: int
+    seconds: float
+
+
+def train(recipe: Recipe, *, resume: bool = False, restart: bool = False, plan: dict[str, Any] | None = None) -> Result:
+    """Train the adapter of a recipe and save it under `output`.
+
+    Args:
+        resume: continue from the newest checkpoint below `output`.
+        restart: throw away the run that `output` holds.
+        plan: what `plan --json` says of this recipe; kept in the run's folder beside what is measured.
+    Raises: every error of `qlora_kit.errors` that the user's files can cause; Stopped: a signal came, state is saved.
+    """
+    output = Path(recipe.output)
+    with files.lock(output), stop_on_signal() as stop:
+        _claim(output, resume, restart)
+        files.write_text(output / "recipe.yaml", recipe.to_yaml())
+        files.write_json(output / "plan.json", plan)
+        before_bytes = resident_bytes()
+        run = prepare(recipe, stop)
+        if resume:
+            run.progress = load_checkpoint(output / "checkpoints", run.parameters, run.optimizer, run.identity)
+            note(f"resumed after step {run.progress.step} of {run.total_steps}")
+        result = _steps(run)
+        write_memory(output / "memory.json", plan, run.base.device, before_bytes)
+        return result
+
+
+def prepare(recipe: Recipe, stop: StopRequest) -> Run:
+    """Read the data, load the base, hang the adapter in, build the optimizer: all that comes before the first step."""
+    device = pick_device(recipe.train.device)
+    train_examples, eval_examples = read_data(recipe)
+    base = load_base(recipe.model, device)
+    dropout_seed = inject(base, recipe.adapter, recipe.train.seed)
+    checkpoint_blocks(base, recipe.memory.gradient_checkpointing)
+    parameters = dict(trainable_parameters(base))
+    settings = recipe.train
+    optimizer = build_optimizer(
+        settings.optimizer, parameters, device, lr=settings.lr, weight_decay=settings.weight_decay
+    )
+    shape = {
+        "micro_batch": settings.micro_batch,
+        "seq_len": recipe.data.seq_len,
+        "packing": recipe.data.packing,
+    }
+    batches = Batches(
+        train_examples, **shape, grad_accumulation=settings.grad_accumulation, seed=settings.seed, pad_id=0
+    )
+    return Run(
+        recipe=recipe,
+        base=base,
+        parameters=parameters,
+        optimizer=optimizer,
+        dropout_seed=dropout_seed,
+        batches=batches,
+        held_out=eval_batches(eval_examples, **shape, pad_id=0) if eval_examples else [],
+        total_steps=settings.steps or math.ceil((settings.epochs or 1) * batches.steps_per_epoch),
+        identity=run_identity(recipe, base, train_examples),
+        progress=Progress(),
+        stop=stop,
+    )
+
+
+def read_data(recipe: Recipe) -> tuple[list[Example], list[Example]]:
+    """Training examples and held-out examples (none if the recipe has none); says what was read."""
+    tokenizer = load_tokenizer(resolve_folder(recipe.model.path, recipe.model.revision))
+    examples, report = load_examples(Path(recipe.data.train), recipe.data, tokenizer)
+    note(report.describe(recipe.data.train))
+    if recipe.data.eval is None:
+        return examples, []
+    if not isinstance(recipe.data.eval, str):
+        return split_examples(examples, recipe.data.eval, recipe.train.seed)
+    held_out, report = load_examples(Path(recipe.data.eval), recipe.data, tokenizer)
+    note(report.describe(recipe.data.eval))
+    return examples, held_out
+
+
+def run_identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[str, str]:
+    """What must not change between the parts of one run, by name."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.input_ids, example.targets)).encode())
+    values = recipe.model_dump(mode="json")
+    keys = {
+        f"{section}.{key}": str(value)
+        for section, part in values.items()
+        if isinstance(part, dict)
+        for key, value in part.items()
+    }
+    kept = {key: value for key, value in keys.items() if key not in FREE_KEYS}
+    return kept | {"base": base.fingerprint, "training data (as tokenized)": digest.hexdigest()[:32]}
+
+
+def _claim(output: Path, resume: bool, restart: bool) -> None:
+    """Raises: RecipeError: the folder holds a run and neither was asked for."""
+    present = [name for name in ("checkpoints", "adapter", "best", "metrics.jsonl") if (output / name).exists()]
+    if not present or resume:
+        return
+    if not restart:
+        raise RecipeError(
+            f"output: {output} already holds a run; continue it with --resume, replace it with --restart, "
+            "or choose another folder (--set output=...)"
+        )
+    for name in present:
+        path = output / name
+        files.remove_folder(path) if path.is_dir() else path.unlink()
+
+
+def _steps(run: Run) -> Result:
+    """From `run.progress` to the last step."""
+    reset_peak(run.base.device)
+    started, first, last, loss = time.monotonic(), None, None, None
+    settings = run.recipe.train
+    metrics_file = run.output / "metrics.jsonl"
+    log = open_metrics(
+        metrics_file,
+        done=run.progress.step,
+        total=run.total_steps,
+        trackers=list(settings.trackers),
+        settings=run.recipe.model_dump(mode="json"),
+    )
+    with log as metrics:
+        if run.progress.step == 0 and run.held_out:
+            first = last = _evaluate(run, metrics)
+        skipped_in_a_row = 0
+        while run.progress.step < run.total_steps:
+            line = train_step(run)
+            skipped_in_a_row = skipped_in_a_row + 1 if line.get("skipped") else 0
+            if skipped_in_a_row == NON_FINITE_LIMIT:
+                raise NonFiniteError(
+                    f"step {run.progress.step}: loss or gradient was not finite {NON_FINITE_LIMIT} steps in "
+                    "a row; lower train.lr, or look at the batches of metrics.jsonl marked skipped"
+                )
+            loss = line["loss"]
+            metrics.step(line)
+            done = run.progress.step == run.total_steps
+            if run.held_out and (done or _due(run.progress.step, settings.eval_every)):
+                last = _evaluate(run, metrics)
+            if done or _due(run.progress.step, settings.save_every):
+                _save(run)
+    save_adapter(run.base, run.output / "adapter")
+    seconds = time.monotonic() - started
+    return Result(run.progress.step, loss, first, last, run.progress.best_step, peak_bytes(run.base.device), seconds)
+
+
+def train_step(run: Run) -> dict[str, Any]:
+    """One optimizer step; returns its line of metrics.
+
+    The gradient is that of the mean over all learned tokens of the step, however they fall into micro-batches.
+    Raises: Stopped: a signal came; the state before this step is saved.
+    """
+    started, step, settings = time.monotonic(), run.progress.step, run.recipe.train
+    micro_batches = run.batches.step(step)
+    learned = sum(batch.learned_tokens for batch in micro_batches)
+    total = torch.zeros((), dtype=torch.float32, device=run.base.device)
+    _set_training(run, True)
+    for index, batch in enumerate(micro_batches):
+        if run.stop:
+            _stop(run)
+        run.dropout_seed.key = (settings.seed, step, index)
+        loss = batch_loss(run.base, batch, run.chunk_tokens)
+        (loss / max(1, learned)).backward()
+        total += loss.detach()
+    norm = clip(list(run.parameters.values()), settings.max_grad_norm)
+    lr = learning_rate(step, total=run.total_steps, peak=settings.lr, warmup=settings.warmup, kind=settings.schedule)
+    finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(total))
+    if finite:
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        run.optimizer.step()
+    else:
+        warn(f"step {step + 1}: loss {total.item()}, gradient norm {norm.item()}: the step is skipped")
+        run.progress.skipped_steps += 1
+    run.optimizer.zero_grad(set_to_none=True)
+    run.progress.step += 1
+    run.progress.learned_tokens += learned
+    seconds, tokens = time.monotonic() - started, sum(batch.tokens for batch in micro_batches)
+    line = {
+        "step": run.progress.step,
+        "loss": total.item() / max(1, learned),
+        "lr": lr,
+        "grad_norm": norm.item(),
+    }
+    line |= {"tokens": tokens, "learned_tokens": learned, "tokens_per_s": tokens / seconds, "step_s": seconds}
+    line |= {"device_peak_bytes": peak_bytes(run.base.device), "host_rss_bytes": resident_bytes()}
+    if not finite:
+        return line | {"skipped": True, "loss": None, "grad_norm": None}
+    return line
+
+
+def clip(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
+    """Scale the gradients in place so that their joint norm is at most `limit`; returns the norm before, fp32."""
+    norms = torch.stack([parameter.grad.float().norm() for parameter in parameters if parameter.grad is not None])
+    norm = norms.norm()
+    if limit is not None and bool(norm > limit):
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(limit / norm)
+    return norm
+
+
+def _set_training(run: Run, mode: bool) -> None:
+    """The frozen base always runs in eval mode (its own dropout is off); only the branches change."""
+    for linear in run.base.linears().values():
+        linear.branches.train(mode)
+
+
+def _evaluate(run: Run, metrics: Metrics) -> Evaluation:
+    """Held-out loss now; the adapter is kept in `best/` when it is the lowest so far."""
+    evaluation = evaluate(run.base, run.held_out, run.chunk_tokens)
+    progress = run.progress
+    if progress.best_loss is None or evaluation.loss < progress.best_loss:
+        progress.best_loss, progress.best_step = evaluation.loss, progress.step
+        if progress.step > 0:
+            save_adapter(run.base, run.output / "best")
+    metrics.evaluation({"step": progress.step, "eval_loss": evaluation.loss, "eval_tokens": evaluation.tokens})
+    return evaluation
+
+
+def _save(run: Run) -> None:
+    checkpoints = run.output / "checkpoints"
+    save_checkpoint(checkpoints, run.progress, run.parameters, run.optimizer, run.identity)
+    rotate(checkpoints, run.recipe.train.keep_checkpoints)
+
+
+def _stop(run: Run) -> None:
+    """Save the state before this step and end. Raises: Stopped."""
+    run.optimizer.zero_grad(set_to_none=True)
+    _save(run)
+    number = run.stop.signal_number or 15
+    raise Stopped(f"stopped by signal {number} after step {run.progress.step}; continue with --resume", number)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,23 @@
+"""What the `train` command says at the end. Imported by: the command, the quickstart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qlora_kit.profiling.report import memory_line
+from qlora_kit.recipe import Recipe
+from qlora_kit.training.loop import Result
+from qlora_kit.units import format_seconds
+
+
+def print_summary(recipe: Recipe, result: Result) -> None:
+    """Loss before and after, predicted against measured memory, where the adapter is and what comes next."""
+    output = Path(recipe.output)
+    print(f"{result.steps} steps in {format_seconds(result.seconds)}")
+    first, last = result.first_evaluation, result.last_evaluation
+    if last is not None:
+        before = f"{first.loss:.4f} -> " if first is not None and first is not last else ""
+        print(f"held-out loss {before}{last.loss:.4f} ({last.tokens:,} tokens), best at step {result.best_step}")
+    print(memory_line(output / "memory.json"))
+    print(f"adapter in {output / 'adapter'}")
+    print(f"next: qlora-kit merge --model {recipe.model.path} --adapter {output / 'adapter'} --out {output / 'merged'}")

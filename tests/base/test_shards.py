@@ -1,0 +1,78 @@
+"""Hostile and damaged safetensors files are refused by file, tensor and rule; good ones round-trip."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from qlora_kit.base.shards import Shards, find_shards, save_tensors
+from qlora_kit.errors import ModelError
+
+TENSORS = {"a": torch.arange(6, dtype=torch.float32).view(2, 3), "b": torch.ones(5, dtype=torch.bfloat16)}
+TENSORS |= {"c": torch.tensor(3.5), "empty": torch.empty(0, 4, dtype=torch.int64)}
+
+
+def test_what_is_written_reads_back_here_and_in_safetensors(tmp_path):
+    save_tensors(tmp_path / "x.safetensors", TENSORS, {"format": "pt"})
+    ours, theirs = (
+        Shards([tmp_path / "x.safetensors"]),
+        safetensors.torch.load_file(tmp_path / "x.safetensors"),
+    )
+    assert ours.metadata == {"format": "pt"}
+    for name, value in TENSORS.items():
+        assert torch.equal(ours.read(name), value) and torch.equal(theirs[name], value)
+
+
+def header_file(path: Path, header: str, data: bytes = b"\0" * 16) -> Path:
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + data)
+    return path
+
+
+GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+BAD = {
+    "twice": ('{"w": {}, "w": {}}', "name 'w' stands twice"),
+    "span": (json.dumps({"w": {**GOOD, "shape": [3]}}), "'w': .* is 12 bytes, its entry spans 8"),
+    "negative": (json.dumps({"w": {**GOOD, "shape": [-2]}}), "'w': malformed entry"),
+    "huge": (json.dumps({"w": {**GOOD, "shape": [0, 1 << 62]}}), "'w': malformed entry"),
+    "dtype": (json.dumps({"w": {**GOOD, "dtype": "F7"}}), "'w': malformed entry"),
+    "overlap": (json.dumps({"w": GOOD, "v": GOOD}), "overlap"),
+    "beyond": (json.dumps({"w": {**GOOD, "data_offsets": [64, 72]}}), "it was cut off"),
+    "no JSON": ("{nonsense", "not valid JSON"),
+    "list": ("[]", "expected an object"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_header_is_refused_by_file_and_rule(case, tmp_path):
+    header, rule = BAD[case]
+    path = header_file(tmp_path / "x.safetensors", header)
+    with pytest.raises(ModelError, match=rule) as caught:
+        Shards([path])
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 8, 20, -1])
+def test_truncated_file_is_refused(keep, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, TENSORS)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ModelError, match=str(path)):
+        Shards([path])
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "x.bin", 3])
+def test_index_cannot_leave_the_folder(name, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(ModelError, match="leaves the model folder|not a valid index"):
+        find_shards(tmp_path)
+
+
+def test_pickled_weights_are_refused_with_the_way_out(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="safetensors"):
+        find_shards(tmp_path)

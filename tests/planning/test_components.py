@@ -1,0 +1,292 @@
+"""Each formula of the ledger against closed forms, bitsandbytes' tensors and what torch keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_kit.adapters.inject import inject, trainable_parameters
+from qlora_kit.architectures import ARCHITECTURES, LinearShape
+from qlora_kit.base.loader import load_base
+from qlora_kit.planning import components as ledger
+from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
+from qlora_kit.recipe import Recipe, recipe_for_model
+from qlora_kit.training.blocks import checkpoint_blocks
+from qlora_kit.training.loss import batch_loss, chunked_cross_entropy
+
+SMALL = {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 8}
+SMALL |= {"vocab_size": 99, "intermediate_size": 640, "head_dim": 16, "pad_token_id": 0}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 256, "n_layer": 1, "n_head": 16, "vocab_size": 99, "attn_pdrop": 0, "resid_pdrop": 0},
+    "gpt_neox": {key: value for key, value in SMALL.items() if key not in ("num_key_value_heads", "head_dim")},
+}
+
+
+def shapes_of(name: str) -> ModelShapes:
+    return model_shapes(*read_config(name))
+
+
+def recipe_with(*overrides: str) -> Recipe:
+    return recipe_for_model("llama-7b", overrides)
+
+
+def one_linear(out_features: int, in_features: int) -> ModelShapes:
+    """LLaMA-7B with one block of one linear."""
+    values = vars(shapes_of("llama-7b")) | {"layers": 1}
+    names = ("source", "architecture", "hidden", "heads", "layers", "vocabulary", "tied", "softcap")
+    kept = {name: values[name] for name in names}
+    linear = LinearShape("self_attn.q_proj", out_features, in_features)
+    return ModelShapes(**kept, linears=(linear,), block_tensors=(), outer_tensors=())
+
+
+# -------------------------------------------------------------------------------------------- closed forms
+
+
+@pytest.mark.parametrize(("rank", "parameters"), [(16, 131_072), (8, 65_536), (4, 32_768)])
+def test_a_branch_beside_4096_x_4096_has_rank_times_8192_parameters(rank: int, parameters: int) -> None:
+    assert ledger.trainable_parameters(one_linear(4096, 4096), recipe_with(f"adapter.rank={rank}")) == parameters
+
+
+def test_llama_7b_rank_8_on_q_and_v_trains_4194304() -> None:
+    recipe = recipe_with("adapter.rank=8", "adapter.target_modules=[q_proj, v_proj]")
+    assert ledger.trainable_parameters(shapes_of("llama-7b"), recipe) == 4_194_304
+    assert ledger.adapter(shapes_of("llama-7b"), recipe) == 2 * 4_194_304
+
+
+def test_llama_7b_rank_16_on_attention_trains_16777216() -> None:
+    recipe = recipe_with("adapter.target_modules=[q_proj, k_proj, v_proj, o_proj]")
+    assert ledger.trainable_parameters(shapes_of("llama-7b"), recipe) == 16_777_216
+
+
+def test_nf4_with_double_quantization_takes_4_127_bits_a_weight() -> None:
+    shapes, recipe = one_linear(4096, 4096), recipe_with()
+    size_bytes = ledger.base_nf4(shapes, recipe) + ledger.quant_constants(shapes, recipe)
+    assert 8 * size_bytes / 4096**2 == pytest.approx(4.127, abs=5e-4)
+
+
+def test_without_quantization_every_parameter_is_in_base_unquantized() -> None:
+    shapes, recipe = shapes_of("llama-7b"), recipe_with("model.quantization=none")
+    assert ledger.base_unquantized(shapes, recipe) == 2 * shapes.total_parameters
+    assert ledger.base_nf4(shapes, recipe) == ledger.quant_constants(shapes, recipe) == 0
+    assert ledger.workspace(shapes, recipe) == 0
+
+
+def test_a_tied_head_is_counted_once() -> None:
+    shapes, recipe = shapes_of("smollm2-135m"), recipe_with()
+    norms = 576 * (2 * 30 + 1)
+    assert ledger.base_unquantized(shapes, recipe) == 2 * (49152 * 576 + norms)
+
+
+def test_linear_biases_stay_unquantized() -> None:
+    with_bias, without = shapes_of("qwen2.5-0.5b"), shapes_of("qwen2.5-0.5b").other_parameters
+    assert sum(linear.out_features for linear in with_bias.linears if linear.bias) == 896 + 2 * 128
+    assert without == 151936 * 896 + 24 * (2 * 896 + 896 + 2 * 128) + 896
+
+
+@pytest.mark.parametrize(("setting", "chunk"), [("auto", 512), ("full", 4096), ("100", 100), ("9999", 4096)])
+def test_the_loss_chunk_is_decided_here(setting: str, chunk: int) -> None:
+    recipe = recipe_with(f"memory.loss_chunk_tokens={setting}", "data.seq_len=2048", "train.micro_batch=2")
+    assert ledger.loss_chunk_tokens(recipe) == chunk
+
+
+# -------------------------------------------------------------------------------- against bitsandbytes' tensors
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+@pytest.mark.parametrize(("out_features", "in_features"), [(64, 64), (96, 56), (7, 9), (1000, 300), (1, 1)])
+def test_quantized_bytes_equal_bitsandbytes(
+    quantization: str, double_quant: bool, out_features: int, in_features: int
+) -> None:
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = torch.randn(out_features, in_features)
+    codes, state = quantize_4bit(weight, compress_statistics=double_quant, quant_type=quantization)
+    constants = [state.absmax, state.state2.absmax, state.offset] if double_quant else [state.absmax]
+    shapes = one_linear(out_features, in_features)
+    recipe = recipe_with(f"model.quantization={quantization}", f"model.double_quant={double_quant}")
+    assert ledger.base_nf4(shapes, recipe) == codes.nbytes
+    assert ledger.quant_constants(shapes, recipe) == sum(constant.nbytes for constant in constants)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "class_name"), [("adamw_8bit", "AdamW8bit"), ("adamw_32bit", "AdamW32bit")])
+def test_optimizer_bytes_equal_bitsandbytes(name: str, class_name: str, dtype: torch.dtype) -> None:
+    import bitsandbytes.optim
+
+    shapes, recipe = one_linear(300, 250), recipe_with(f"train.optimizer={name}")  # A 4000 values, B 4800
+    parameters = [torch.zeros(count, dtype=dtype, requires_grad=True) for count in (16 * 250, 16 * 300)]
+    optimizer = getattr(bitsandbytes.optim, class_name)(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    names = ("state1", "state2", "absmax1", "absmax2")
+    kept = [state[name] for state in optimizer.state.values() for name in names if name in state]
+    assert ledger.optimizer(shapes, recipe) == sum(tensor.nbytes for tensor in kept)
+
+
+# ---------------------------------------------------------------------------------- against what is loaded
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_static_bytes_of_a_loaded_base_and_adapter_are_those_of_the_plan(
+    tiny_model: Callable[..., Path], model_type: str, quantization: str
+) -> None:
+    recipe = recipe_for_model(str(tiny_model(model_type)), [f"model.quantization={quantization}"])
+    shapes = model_shapes(*read_config(recipe.model.path))
+    base = load_base(recipe.model)
+    computed = ("inv_freq", "embed_scale")  # constants of the architecture, a few bytes
+    stored = [buffer for name, buffer in base.model.named_buffers() if not name.endswith(computed)]
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in (*base.model.parameters(), *stored)}
+    formulas = (ledger.base_nf4, ledger.quant_constants, ledger.base_unquantized)
+    assert sum(sizes.values()) == sum(formula(shapes, recipe) for formula in formulas)
+    inject(base, recipe.adapter, seed=0)
+    assert sum(p.nbytes for _, p in trainable_parameters(base)) == ledger.adapter(shapes, recipe)
+
+
+# ------------------------------------------------------------------------------------ against what torch keeps
+
+
+def bytes_kept_of_a_block(model_type: str, settings: dict[str, Any], seq_len: int, documents: int) -> int:
+    """Bytes of the storages that autograd saves in one block's forward; parameters and the block's input not counted.
+
+    The linears' weights are trainable here, so that each linear keeps its input, as a linear with a branch does.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    row = ARCHITECTURES[model_type]
+    kind = "eager" if row.eager_attention else "sdpa"
+    config = AutoConfig.for_model(model_type, **settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=kind)
+    model.requires_grad_(False)
+    block = model.get_submodule(row.blocks)[0]
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(name.endswith(".weight") and parameter.dim() == 2)
+    ignored = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # alive, so that no address is used again
+        return tensor
+
+    def enter(_: Any, positional: tuple[torch.Tensor, ...], named: dict[str, Any]) -> Any:
+        hidden = positional[0].detach().requires_grad_()
+        ignored.add(hidden.untyped_storage().data_ptr())
+        hooks.__enter__()
+        return (hidden, *positional[1:]), named
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    block.register_forward_pre_hook(enter, with_kwargs=True)
+    block.register_forward_hook(lambda *_: hooks.__exit__(None, None, None))
+    positions = torch.arange(seq_len).reshape(documents, -1) % (seq_len // documents)
+    model(torch.zeros(1, seq_len, dtype=torch.long), position_ids=positions.reshape(1, -1), use_cache=False)
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in ignored)
+
+
+@pytest.mark.parametrize("documents", [1, 2])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_block_keeps_as_many_bytes_as_torch_saves(model_type: str, documents: int) -> None:
+    settings = CONFIGS.get(model_type, SMALL)
+    shapes = model_shapes({"model_type": model_type, **settings}, "test")
+    recipe = recipe_with("data.seq_len=256", "adapter.rank=1", f"data.packing={documents > 1}")
+    measured = bytes_kept_of_a_block(model_type, settings, 256, documents)
+    assert ledger.block_saved(shapes, recipe) == pytest.approx(measured, rel=0.015)
+
+
+def test_one_block_of_llama_2_70b_takes_60_hidden_bytes_a_token_in_backward() -> None:
+    shapes = shapes_of("llama-2-70b")
+    recipe = recipe_with("data.packing=false", "data.seq_len=1024", "adapter.rank=1")
+    in_block = ledger.block_saved(shapes, recipe) + ledger.block_transient(shapes, recipe)
+    assert in_block / 1024 / shapes.hidden == pytest.approx(60.5, abs=0.1)
+
+
+def test_block_inputs_are_two_bytes_a_token_hidden_and_layer() -> None:
+    assert ledger.block_inputs(shapes_of("llama-7b"), recipe_with("data.seq_len=100")) == 2 * 32 * 4096 * 100
+
+
+def test_activation_offload_moves_block_inputs_to_the_host() -> None:
+    shapes, recipe = shapes_of("llama-7b"), recipe_with("memory.activation_offload=true")
+    assert ledger.kept_activations(shapes, recipe) == 2 * ledger.block_inputs(shapes, recipe) // 32
+    assert ledger.offloaded_activations(shapes, recipe) == ledger.block_inputs(shapes, recipe)
+
+
+def peak_bytes_of(call: Callable[[], object]) -> int:
+    """Most bytes that torch's CPU allocator held at once during the call, beside what was there before."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events))
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+@pytest.mark.parametrize("name", ["llama-7b", "gemma-2-2b"])  # the second caps its logits
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_logits_take_what_the_loss_allocates(dtype: str, name: str, with_gradient: bool) -> None:
+    shapes = dataclasses.replace(shapes_of(name), vocabulary=8000)
+    recipe = recipe_with(f"model.dtype={dtype}", "memory.loss_chunk_tokens=256")
+    hidden = torch.zeros(512, 8, dtype=getattr(torch, dtype), requires_grad=with_gradient)
+    head, targets = torch.zeros(8000, 8, dtype=hidden.dtype), torch.zeros(512, dtype=torch.long)
+    peak = peak_bytes_of(lambda: chunked_cross_entropy(hidden, head, targets, chunk_tokens=256, softcap=shapes.softcap))
+    assert ledger.logits(shapes, recipe, with_gradient) == pytest.approx(peak, rel=0.01)
+
+
+STEP = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("vocab_size", [128, 8000])  # the peak lies in a block, in the loss
+def test_forward_and_backward_of_llama_take_what_is_planned_within_5_percent(
+    tiny_model: Callable[..., Path], vocab_size: int, checkpointing: bool
+) -> None:
+    folder = tiny_model("llama", torch.bfloat16, **STEP, vocab_size=vocab_size, max_position_embeddings=512)
+    settings = ("data.seq_len=512", "data.packing=false", f"memory.gradient_checkpointing={checkpointing}")
+    recipe = recipe_for_model(str(folder), settings)
+    base = load_base(recipe.model)
+    inject(base, recipe.adapter, seed=0)
+    checkpoint_blocks(base, checkpointing)
+    ids, positions = torch.ones(1, 512, dtype=torch.long), torch.arange(512)[None]
+    batch = SimpleNamespace(input_ids=ids, position_ids=positions, targets=ids)
+    measured = peak_bytes_of(lambda: batch_loss(base, batch, 512).backward())
+    static = ("base_nf4", "quant_constants", "base_unquantized", "adapter", "optimizer")
+    moments = ledger.training_moments(model_shapes(*read_config(str(folder))), recipe, 0).values()
+    planned = max(ledger.total({**moment, **dict.fromkeys(static, 0)}) for moment in moments)
+    assert planned == pytest.approx(measured, rel=0.05)
+
+
+# ------------------------------------------------------------------------------------------------- ledgers
+
+
+def test_every_ledger_has_exactly_the_components_of_the_contract() -> None:
+    shapes, recipe = shapes_of("llama-7b"), recipe_with()
+    for moments in (ledger.training_moments, ledger.evaluation_moments):
+        for entries in moments(shapes, recipe, 5).values():
+            assert tuple(entries) == ledger.COMPONENTS
+            assert entries["runtime"] == 5
+
+
+def test_loss_and_block_backward_are_never_counted_at_once() -> None:
+    moments = ledger.training_moments(shapes_of("llama-7b"), recipe_with(), 0)
+    assert moments["loss"]["workspace"] == moments["block backward"]["logits"] == 0
+
+
+def test_without_gradient_checkpointing_all_blocks_are_kept() -> None:
+    shapes = shapes_of("llama-7b")
+    on, off = recipe_with(), recipe_with("memory.gradient_checkpointing=false")
+    kept = ledger.kept_activations(shapes, off)
+    assert kept == 32 * ledger.block_saved(shapes, off) + ledger.block_inputs(shapes, on) // 32
+
+
+def test_evaluation_needs_less_than_training() -> None:
+    shapes, recipe = shapes_of("llama-7b"), recipe_with()
+    training = ledger.training_moments(shapes, recipe, 0).values()
+    evaluation = ledger.evaluation_moments(shapes, recipe, 0).values()
+    assert max(map(ledger.total, evaluation)) < max(map(ledger.total, training))

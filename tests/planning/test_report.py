@@ -1,0 +1,68 @@
+"""The printed plan: what a person must find in it."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from qlora_kit.planning.components import COMPONENTS
+from qlora_kit.planning.planner import Plan, make_plan
+from qlora_kit.planning.report import BAR_CELLS, MEANINGS, MOMENTS, bar, parameters_line, print_plan, verdict
+from qlora_kit.recipe import recipe_for_model
+
+
+def plan(*overrides: str, gpu: str = "rtx-4090") -> Plan:
+    return make_plan(recipe_for_model("llama-7b", overrides), gpu=gpu)
+
+
+def printed(made: Plan, width: int = 100) -> str:
+    output = io.StringIO()
+    print_plan(made, Console(width=width, file=output))
+    return output.getvalue()
+
+
+@pytest.mark.parametrize(("part", "expected"), [(0, ""), (50, "█" * 14), (100, "█" * 28), (900, "█" * 28), (1, "▎")])
+def test_a_bar_is_as_long_as_its_share(part: int, expected: str) -> None:
+    assert bar(part, 100) == expected
+
+
+def test_a_bar_of_nothing_is_empty() -> None:
+    assert bar(5, 0) == ""
+
+
+def test_the_report_shows_components_limit_verdict_parameters_and_next_step() -> None:
+    text = printed(plan("adapter.rank=8", "adapter.target_modules=[q_proj, v_proj]"))
+    for expected in ("base_nf4", "3.0 GiB", "total", "limit", "23.5 GiB", "fits: ", "next: qlora-kit train"):
+        assert expected in text
+    assert "4,194,304 of 6,742,609,920 (0.0622 %)" in text
+
+
+def test_a_plan_that_does_not_fit_prints_the_lines_to_paste_unbroken() -> None:
+    made = plan("train.micro_batch=8", "memory.gradient_checkpointing=false", gpu="rtx-3060-12gb")
+    text = printed(made, width=60)
+    assert "does not fit: " in text
+    assert f"fits with: {made.suggestions[0]}" in text
+
+
+def test_bars_of_a_plan_that_does_not_fit_show_how_far_it_is() -> None:
+    made = make_plan(recipe_for_model("llama-3.1-70b"), gpu="rtx-4090")
+    lines = {line.split()[0]: line for line in printed(made).splitlines() if line.split()}
+    assert lines["total"].count("█") == BAR_CELLS > lines["limit"].count("█") > 0
+
+
+def test_every_component_and_moment_is_explained() -> None:
+    assert tuple(MEANINGS) == COMPONENTS
+    assert plan().peak_moment in MOMENTS
+
+
+def test_a_name_with_brackets_is_printed_as_it_is() -> None:
+    made = plan()
+    made.settings["model"]["path"] = "my[bold]model"
+    assert "my[bold]model" in printed(made)
+
+
+def test_lines_for_other_printers_say_the_same() -> None:
+    assert verdict(plan()).startswith("fits: ")
+    assert parameters_line(plan()).endswith("(0.5898 %)")
