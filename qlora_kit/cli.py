@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from qlora_kit import __version__
-from qlora_kit.errors import QLoRAKitError, RecipeError
+from qlora_kit.errors import DiskError, QLoRAKitError, RecipeError, nearest
 
 if TYPE_CHECKING:
     from qlora_kit.base.loader import Base
@@ -47,6 +47,9 @@ Quantization = Annotated[
 ]
 
 
+STACKS = ("kit", "peft", "peft-liger", "litgpt")
+
+
 class DType(str, Enum):
     """Of what `merge` writes."""
 
@@ -70,10 +73,13 @@ def main() -> NoReturn:
     except QLoRAKitError as error:
         command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
         for line in str(error).splitlines():
-            print(f"qlora-kit {command}: {line}", file=sys.stderr)
+            print(line if line.startswith(" ") else f"qlora-kit {command}: {line}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.exit(141)
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.exit(0)
+    except OSError as error:  # a disk's refusal that no module has put into words of its own
+        print(f"qlora-kit: {error}", file=sys.stderr)
+        sys.exit(DiskError.exit_code)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -129,6 +135,8 @@ def plan(
     """
     from qlora_kit.errors import BudgetError
 
+    if stack not in STACKS:
+        raise RecipeError(f"--stack: one of {', '.join(STACKS)}, found {stack!r}{nearest(stack, list(STACKS))}")
     if stack != "kit":
         _not_built(f"plan --stack {stack}")
     made = _make_plan(_recipe_or_model(target, overrides or []), budget, gpu)
@@ -185,7 +193,7 @@ def train(
     if not made.fits:
         from qlora_kit.planning.report import verdict
 
-        raise BudgetError(f"{recipe_file}: {verdict(made)}")
+        raise BudgetError("\n  ".join([f"{recipe_file}: {verdict(made)}", *made.suggestions]))
     from qlora_kit.training.loop import train as run_training
 
     result = run_training(recipe, resume=resume, restart=restart, plan=made.to_json())
@@ -210,10 +218,13 @@ def profile(
 
 def _load(model: str, adapters: list[str], quantization: str, any_base: bool) -> Base:
     """The base in its own dtype, with every adapter of the list active."""
+    from pydantic import ValidationError
+
     from qlora_kit.adapters.inject import activate
-    from qlora_kit.adapters.store import load_adapter, provenance
+    from qlora_kit.adapters.store import PROVENANCE, load_adapter, provenance
     from qlora_kit.base.device import pick_device
     from qlora_kit.base.loader import load_base, resolve_folder
+    from qlora_kit.errors import ModelError
     from qlora_kit.planning.shapes import read_config
     from qlora_kit.recipe import Model
 
@@ -221,14 +232,19 @@ def _load(model: str, adapters: list[str], quantization: str, any_base: bool) ->
         raise RecipeError(f"--quantization: auto, nf4, fp4 or none, found {quantization!r}")
     folder = resolve_folder(model)
     record = provenance(Path(adapters[0])) if adapters else {}
-    config = read_config(str(folder))[0]
+    config, source = read_config(str(folder))
     stored_dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    settings = Model(
-        path=str(folder),
-        quantization=record.get("quantization", "none") if quantization == "auto" else quantization,  # type: ignore[arg-type]
-        double_quant=record.get("double_quant", True),
-        dtype=record.get("dtype", stored_dtype),
-    )
+    try:
+        settings = Model(
+            path=str(folder),
+            quantization=record.get("quantization", "none") if quantization == "auto" else quantization,  # type: ignore[arg-type]
+            double_quant=record.get("double_quant", True),
+            dtype=record.get("dtype", stored_dtype),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = Path(adapters[0]) / PROVENANCE if first["loc"][0] in record else Path(source)
+        raise ModelError(f"{where}: {first['loc'][0]}: {first['msg'].lower()}, found {first['input']!r}") from None
     base = load_base(settings, pick_device())
     names = [f"adapter-{index}" for index in range(len(adapters))]
     for name, adapter in zip(names, adapters):
@@ -408,7 +424,7 @@ def recipes_list(as_json: AsJson = False) -> None:
 
     found = [{"name": name, "about": about, "path": str(path)} for name, (path, about) in prepared_recipes().items()]
     if as_json:
-        _print_json(found)
+        _print_json({"recipes": found})
         return
     for entry in found:
         print(f"{entry['name']:<28} {entry['about']}")

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -17,12 +18,12 @@ stdout = Console(highlight=False)
 
 def note(text: str) -> None:
     """One remark that the user should see once."""
-    stderr.print(f"[dim]note:[/dim] {text}", markup=True)
+    stderr.print(f"[dim]note:[/dim] {escape(text)}", markup=True)
 
 
 def warn(text: str) -> None:
     """Something that may make the result worse than the user expects."""
-    stderr.print("[yellow]warning:[/yellow]", text, markup=True)
+    stderr.print(f"[yellow]warning:[/yellow] {escape(text)}", markup=True)
 
 
 @contextlib.contextmanager

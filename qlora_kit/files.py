@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ from qlora_kit.errors import DiskError, LockedError
 from qlora_kit.units import format_bytes
 
 _ASIDE = ".partial"
+_ASIDE_NAME = re.compile(rf"\..+\.\d+{re.escape(_ASIDE)}", re.DOTALL)
 
 
 def sync_folder(folder: Path) -> None:
@@ -51,7 +53,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise DiskError(f"{path}: cannot write: {error.strerror or error}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -71,9 +74,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_line(file: IO[str], value: dict[str, Any]) -> None:
-    """Append one JSON object to an open log; a cut can lose the last line but never tear an older one."""
-    file.write(json.dumps(value, allow_nan=False) + "\n")
-    file.flush()
+    """Append one JSON object to an open log; a cut can lose the last line but never tear an older one.
+
+    Raises: DiskError: the disk refuses.
+    """
+    try:
+        file.write(json.dumps(value, allow_nan=False) + "\n")
+        file.flush()
+    except OSError as error:
+        raise DiskError(f"{file.name}: cannot write: {error.strerror or error}") from error
 
 
 def sha256(path: Path) -> str:
@@ -112,9 +121,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises: DiskError: `target` exists, or the disk refuses.
     """
     aside = target.with_name(f".{target.name}.{os.getpid()}{_ASIDE}")
-    if target.exists():
-        raise DiskError(f"{target}: already exists; choose another folder or remove it")
     try:
+        if target.exists():
+            raise DiskError(f"{target}: already exists; choose another folder or remove it")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
@@ -130,13 +139,21 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def sweep(folder: Path) -> None:
     """Remove what killed writers left in `folder`: only names that this module gives, so never a user's file."""
     for path in folder.glob(f".*{_ASIDE}"):
+        if _ASIDE_NAME.fullmatch(path.name) is None:
+            continue
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder in two steps, so that a cut never leaves half of it under its own name."""
+    """Remove a folder in two steps, so that a cut never leaves half of it under its own name.
+
+    Raises: DiskError: the disk refuses.
+    """
     aside = folder.with_name(f".{folder.name}.{os.getpid()}{_ASIDE}")
-    os.rename(folder, aside)
+    try:
+        os.rename(folder, aside)
+    except OSError as error:
+        raise DiskError(f"{folder}: cannot remove: {error.strerror or error}") from error
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -155,7 +172,7 @@ def require_free_space(folder: Path, needed_bytes: int, purpose: str) -> None:
 def lock(folder: Path) -> Iterator[None]:
     """Hold a run folder for one process; the kernel frees it even after kill -9.
 
-    Raises: LockedError: another process holds it.
+    Raises: LockedError: another process holds it. DiskError: the folder cannot be written or locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,10 +182,12 @@ def lock(folder: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise LockedError(f"{folder}: locked by process {holder}; wait for it or choose another output") from None
+        except OSError as error:  # some network file systems have no locks
+            raise DiskError(f"{folder}: cannot lock: {error.strerror or error}; choose another output") from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

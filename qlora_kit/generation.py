@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qlora_kit.base.loader import Base
+from qlora_kit.base.loader import Base, held_weights
 from qlora_kit.console import progress
 from qlora_kit.data.tokenize import leading_bos
 from qlora_kit.errors import DataError
@@ -54,7 +54,7 @@ def generate(
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     )
     torch.manual_seed(seed)
-    with progress("generating", len(encoded)) as advance:
+    with held_weights(base), progress("generating", len(encoded)) as advance:
         for start in range(0, len(encoded), batch):
             rows = encoded[start : start + batch]
             ids, mask = _left_padded(rows, stop[0], base.device)

@@ -19,6 +19,8 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -41,6 +43,13 @@ DType = Literal["bfloat16", "float16", "float32"]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"takes no true or false (yes, no, on, off), found {value}")  # YAML 1.1 reads `on` as true
+        return value
 
 
 class Model(_Section):
@@ -70,26 +79,28 @@ class Adapter(_Section):
         return self.alpha / self.rank
 
 
+def _evaluation(value: Any) -> Any:
+    if isinstance(value, float) and not 0 < value < 1:
+        raise ValueError(f"a fraction lies between 0 and 1, found {value}")
+    return value
+
+
 class Data(_Section):
     """Training and evaluation text."""
 
     train: str = Field(description="jsonl file")
-    eval: str | float | None = Field(None, description="jsonl file, or a fraction of train: 0.02")
+    eval: Annotated[str | float | None, AfterValidator(_evaluation)] = Field(
+        None, description="jsonl file, or a fraction of train: 0.02"
+    )
     format: Literal["auto", "chat", "alpaca", "completion", "text"] = "auto"
     seq_len: Positive = 1024
     packing: bool = Field(True, description="several documents in a row, kept apart by the attention mask")
     learn: Literal["completion", "all"] = "completion"
 
-    @model_validator(mode="after")
-    def _fraction(self) -> Data:
-        if isinstance(self.eval, float) and not 0 < self.eval < 1:
-            raise ValueError(f"eval: a fraction lies between 0 and 1, found {self.eval}")
-        return self
-
 
 def _loss_chunk(value: Any) -> Any:
-    if isinstance(value, int) and value < 1:
-        raise ValueError(f"auto, full or a positive number of tokens, found {value}")
+    if value not in ("auto", "full") and not (isinstance(value, int) and value > 0):
+        raise ValueError(f"auto, full or a positive number of tokens, found {value!r}")
     return value
 
 
@@ -106,7 +117,7 @@ class Memory(_Section):
     placement: Literal["auto", "device", "host", "disk"] = Field("auto", description="where the 4-bit blocks live")
     gradient_checkpointing: bool = Field(True, description="recompute each block in backward")
     activation_offload: bool = Field(False, description="keep the blocks' inputs in host memory")
-    loss_chunk_tokens: Annotated[Literal["auto", "full"] | int, AfterValidator(_loss_chunk)] = Field(
+    loss_chunk_tokens: Annotated[Literal["auto", "full"] | int, BeforeValidator(_loss_chunk)] = Field(
         "auto", description="tokens whose logits exist at a time; full: all of them"
     )
 
@@ -159,7 +170,7 @@ class Recipe(_Section):
 
     def to_yaml(self) -> str:
         """The recipe as it runs, every default spelled out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -175,11 +186,16 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Its counterpart: quotes a text that `_Loader` would read as a number, such as revision `12e4567`."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+"),
+        list("-+0123456789."),
+    )
 
 
 def _lines(node: yaml.Node, source: str, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -237,7 +253,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = child
     try:
         values[last] = yaml.load(text, _Loader) if text else None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"--set {override!r}: the value is not valid YAML") from error
 
 
@@ -250,27 +266,36 @@ def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[
             yield f"{prefix}{name}"
 
 
-def _complaint(error: Any, source: str, lines: dict[str, int], overrides: Sequence[str]) -> str:
-    """One line for one pydantic error: where, what was found, what was expected."""
-    model_keys = [*known_keys(), *Recipe.model_fields]
+def _key(error: Any, model_keys: Sequence[str]) -> str:
+    """The dotted key of a pydantic error."""
     parts = [str(part) for part in error["loc"]]
     while error["type"] != "extra_forbidden" and len(parts) > 1 and ".".join(parts) not in model_keys:
-        parts.pop()  # pydantic appends the tried branch of a union
-    key = ".".join(parts)
-    if any(override.split("=")[0].strip() == key for override in overrides):
-        where = f"--set {key}"
-    else:
-        known_line = lines.get(key) or lines.get(key.rpartition(".")[0])
-        where = f"{source}:{known_line}" if known_line else source
-    if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key {key!r}{nearest(key, model_keys)}"
-    if error["type"] == "missing":
+        parts.pop()  # pydantic appends the tried branch of a union, and the place in a list
+    return ".".join(parts)
+
+
+def _complaint(key: str, errors: Sequence[Any], where: str, model_keys: Sequence[str]) -> str:
+    """One line for what pydantic says of one key (once for each branch of a union): what was found, what expected."""
+    first = errors[0]
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key {key!r}{nearest(key, list(model_keys))}"
+    if first["type"] == "missing":
         return f"{where}: key {key!r} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if error["type"] != "value_error":  # ours say what they found
-        message += f", found {error['input']!r}"
-    return f"{where}: {key}: {message}" if key else f"{where}: {message}"
+    messages = [error["msg"].removeprefix("Value error, ") for error in errors]
+    if first["type"] == "model_type":
+        messages = ["a section with keys of its own expected"]
+    message = " or ".join(dict.fromkeys(text[0].lower() + text[1:] for text in messages))
+    if first["type"] != "value_error":  # ours say what they found
+        message += f", found {first['input']!r}"
+    return f"{where}: {key}: {message}" if key and not where.startswith("--set") else f"{where}: {message}"
+
+
+def _where(key: str, source: str, lines: dict[str, int], overrides: Sequence[str]) -> str:
+    """The option or the line that gave `key` its value."""
+    if any(f"{override.split('=')[0].strip()}.".startswith(f"{key}.") for override in overrides):
+        return f"--set {key}"
+    line = lines.get(key) or lines.get(key.rpartition(".")[0])
+    return f"{source}:{line}" if line else source
 
 
 def _parse(values: dict[str, Any], source: str, lines: dict[str, int], overrides: Sequence[str]) -> Recipe:
@@ -279,8 +304,13 @@ def _parse(values: dict[str, Any], source: str, lines: dict[str, int], overrides
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        complaints = [_complaint(entry, source, lines, overrides) for entry in error.errors()]
-        raise RecipeError("\n".join(dict.fromkeys(complaints))) from None
+        model_keys = [*known_keys(), *Recipe.model_fields]
+        by_key: dict[str, list[Any]] = {}
+        for entry in error.errors():
+            by_key.setdefault(_key(entry, model_keys), []).append(entry)
+        wheres = {key: _where(key, source, lines, overrides) for key in by_key}
+        complaints = [_complaint(key, entries, wheres[key], model_keys) for key, entries in by_key.items()]
+        raise RecipeError("\n".join(complaints)) from None
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -294,4 +324,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def recipe_for_model(model: str, overrides: Sequence[str] = ()) -> Recipe:
     """The default recipe for a bare model folder or name, as `plan MODEL` uses it."""
-    return _parse({"model": {"path": model}, "data": {"train": "train.jsonl"}}, "command line", {}, overrides)
+    values: dict[str, Any] = {"model": {"path": model}, "data": {"train": "train.jsonl"}}
+    if Path(model).is_dir():
+        values["output"] = f"{Path(model).resolve()}-run"  # the default would lie in it for `plan .`
+    return _parse(values, "command line", {}, overrides)

@@ -6,6 +6,7 @@ GiB is 2**30 and appears only in text: every figure in the code is an integer of
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 _SUFFIXES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _SUFFIXES |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -20,7 +21,10 @@ def parse_bytes(text: str | int) -> int:
     match = _SIZE.fullmatch(str(text))
     if match is None or match[2].lower() not in _SUFFIXES:
         raise ValueError(f"{text!r} is not a size; write it like 24GiB, 800MiB or 12.5GB")
-    return int(float(match[1]) * _SUFFIXES[match[2].lower()])
+    count = int(Fraction(match[1]) * _SUFFIXES[match[2].lower()])  # exact: a float would round large integers
+    if count >= 1 << 63:
+        raise ValueError(f"{str(text)[:40]!r} is more bytes than any file or memory has")
+    return count
 
 
 def format_bytes(count: float) -> str:
@@ -33,7 +37,7 @@ def format_bytes(count: float) -> str:
 
 def format_seconds(seconds: float) -> str:
     """`8.2 s`, `3 min 05 s`, `2 h 14 min`."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

@@ -49,6 +49,7 @@ class FrozenLinear(nn.Module):
         branches: every adapter that has a branch here.
         active: names of the adapters that take part in the product, in order.
         merged: W + the update of the active adapters, when merged in place; else None.
+        held: W dequantized once and kept, where memory allows it; else None.
     """
 
     bias: Tensor | None
@@ -70,6 +71,7 @@ class FrozenLinear(nn.Module):
         self.branches = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.merged: Tensor | None = None
+        self.held: Tensor | None = None
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"dense": ((out_features, in_features), dtype)}
         if quantization != "none":
             shapes = nf4.state_shapes(in_features * out_features, double_quant)
@@ -87,9 +89,11 @@ class FrozenLinear(nn.Module):
             setattr(self, name, value)
 
     def base_weight(self) -> Tensor:
-        """W as the base has it, [O, I]: dequantized anew, or the dense tensor itself (do not write to it)."""
+        """W as the base has it, [O, I]: dequantized anew, or the tensor itself that is kept (do not write to it)."""
         if self.quantization == "none":
             return self.dense
+        if self.held is not None:
+            return self.held
         stored = {name: getattr(self, name) for name in self.stored}
         return nf4.dequantize(stored, (self.out_features, self.in_features), self.quantization, self.dtype)
 
@@ -108,7 +112,7 @@ class FrozenLinear(nn.Module):
         branches = self.active_branches()
         if not branches:
             return
-        weight = self.base_weight().float()
+        weight = self.base_weight().to(torch.float32, copy=True)
         for branch in branches:
             weight.addmm_(branch.lora_B.detach().float(), branch.lora_A.detach().float(), alpha=branch.scale)
         self.merged = weight.to(self.dtype)

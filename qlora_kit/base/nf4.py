@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 64  # weights that share one absmax
+from qlora_kit.base import quantize_cpu
+from qlora_kit.base.quantize_cpu import BLOCK
+
 NESTED_BLOCK = 256  # absmax values that share one scale
 
 
@@ -57,31 +59,59 @@ def state_shapes(weights: int, double_quant: bool) -> dict[str, tuple[tuple[int,
 
 def quantize(weight: Tensor, quant_type: str, double_quant: bool) -> dict[str, Tensor]:
     """The stored tensors of `weight` (any shape; bf16, fp16 or fp32), bit for bit as bitsandbytes computes them."""
-    codes, state = _functional().quantize_4bit(
-        weight.contiguous(), blocksize=BLOCK, compress_statistics=double_quant, quant_type=quant_type
-    )
-    stored = {"codes": codes, "absmax": state.absmax}
-    if double_quant:
-        stored |= {"absmax_scale": state.state2.absmax, "absmax_offset": state.offset}
-    return stored
+    functional, weight = _functional(), weight.contiguous()
+    if weight.device.type == "cpu":
+        codes, absmax = quantize_cpu.quantize_4bit(weight, quant_type)
+    else:
+        codes, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type=quant_type)
+        absmax = state.absmax
+    if not double_quant:
+        return {"codes": codes, "absmax": absmax}
+    offset = absmax.mean()
+    code = _absmax_code(absmax.device)
+    absmax_codes, scale = torch.ops.bitsandbytes.quantize_blockwise(absmax - offset, code, NESTED_BLOCK)
+    return {"codes": codes, "absmax": absmax_codes, "absmax_scale": scale, "absmax_offset": offset}
 
 
-def dequantize(stored: Mapping[str, Tensor], shape: tuple[int, ...], quant_type: str, dtype: torch.dtype) -> Tensor:
-    """The weight, `shape` in `dtype`, from its stored tensors."""
+def dequantize(
+    stored: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    quant_type: str,
+    dtype: torch.dtype,
+    *,
+    block: int = BLOCK,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The weight, `shape` in `dtype`, from its stored tensors.
+
+    Args:
+        block: weights that share one absmax, in a checkpoint that somebody else made.
+        out: contiguous, `shape` and `dtype`, to be overwritten and returned. On the CPU a large weight takes several
+            times as long without it, most of it the kernel's zeroing of fresh pages.
+    """
+    codes, offset = stored["codes"], stored.get("absmax_offset")
+    if quantize_cpu.has_kernels(codes):
+        absmax = stored["absmax"]
+        if offset is not None:
+            absmax = quantize_cpu.dequantize_8bit(
+                absmax, stored["absmax_scale"], _absmax_code(absmax.device), NESTED_BLOCK
+            ).add_(offset)
+        out = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
+        return quantize_cpu.dequantize_4bit(codes, absmax, quant_type, block, out)
     functional = _functional()
-    absmax, nested, offset = stored["absmax"], None, stored.get("absmax_offset")
+    nested = None
     if offset is not None:
-        code = _absmax_code(absmax.device)
+        code = _absmax_code(codes.device)
         nested = functional.QuantState(
             absmax=stored["absmax_scale"], code=code, blocksize=NESTED_BLOCK, dtype=torch.float32
         )
     state = functional.QuantState(
-        absmax=absmax,
-        shape=shape,
-        blocksize=BLOCK,
+        absmax=stored["absmax"],
+        shape=torch.Size(shape),
+        blocksize=block,
         quant_type=quant_type,
         dtype=dtype,
         offset=offset,
         state2=nested,
     )
-    return functional.dequantize_4bit(stored["codes"], state)
+    return functional.dequantize_4bit(codes, state, out=out)

@@ -26,9 +26,10 @@ class Metrics:
     def step(self, line: dict[str, Any]) -> None:
         """One optimizer step."""
         self._log(line)
+        loss = "skipped" if line["loss"] is None else f"loss {line['loss']:.3f}"
         memory = format_bytes(line["device_peak_bytes"])
-        self._advance(1, f"loss {line['loss']:.3f}  {line['tokens_per_s']:.0f} tokens/s  peak {memory}")
-        self._track({key: value for key, value in line.items() if key != "step"}, line["step"])
+        self._advance(1, f"{loss}  {line['tokens_per_s']:.0f} tokens/s  peak {memory}")
+        self._track({key: value for key, value in line.items() if key != "step" and value is not None}, line["step"])
 
     def evaluation(self, line: dict[str, Any]) -> None:
         """One evaluation."""
