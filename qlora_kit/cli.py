@@ -58,6 +58,13 @@ class DType(str, Enum):
     float32 = "float32"
 
 
+class QuantType(str, Enum):
+    """The 4-bit types of `quantize`."""
+
+    nf4 = "nf4"
+    fp4 = "fp4"
+
+
 class Onto(str, Enum):
     """The weights that the update is added to."""
 
@@ -159,10 +166,19 @@ def _recipe_or_model(target: str, overrides: list[str]) -> Recipe:
     return recipe_for_model(target, overrides)
 
 
+def _require_built(recipe: Recipe) -> None:
+    """Raises: RecipeError: the recipe asks for what only a later version does."""
+    if recipe.memory.placement in ("host", "disk"):
+        _not_built(f"memory.placement={recipe.memory.placement}")
+    if recipe.memory.activation_offload:
+        _not_built("memory.activation_offload=true")
+
+
 def _make_plan(recipe: Recipe, budget: str | None = None, gpu: str | None = None) -> Plan:
     from qlora_kit.planning.planner import make_plan
     from qlora_kit.units import parse_bytes
 
+    _require_built(recipe)
     try:
         budget_bytes = None if budget is None else parse_bytes(budget)
     except ValueError as error:
@@ -216,6 +232,19 @@ def profile(
 # ------------------------------------------------------------------------------------------------ using a model
 
 
+def _model_folder(model: str) -> Path:
+    """The model's local folder, its config.json checked first: a tokenizer would blame itself for what is wrong in it.
+
+    Raises: ModelError: no such model, unsupported, or a field of its config is absent or absurd.
+    """
+    from qlora_kit.base.loader import resolve_folder
+    from qlora_kit.planning.shapes import model_shapes, read_config
+
+    folder = resolve_folder(model)
+    model_shapes(*read_config(str(folder)))
+    return folder
+
+
 def _load(model: str, adapters: list[str], quantization: str, any_base: bool) -> Base:
     """The base in its own dtype, with every adapter of the list active."""
     from pydantic import ValidationError
@@ -223,14 +252,14 @@ def _load(model: str, adapters: list[str], quantization: str, any_base: bool) ->
     from qlora_kit.adapters.inject import activate
     from qlora_kit.adapters.store import PROVENANCE, load_adapter, provenance
     from qlora_kit.base.device import pick_device
-    from qlora_kit.base.loader import load_base, resolve_folder
+    from qlora_kit.base.loader import load_base
     from qlora_kit.errors import ModelError
     from qlora_kit.planning.shapes import read_config
     from qlora_kit.recipe import Model
 
     if quantization not in ("auto", "nf4", "fp4", "none"):
         raise RecipeError(f"--quantization: auto, nf4, fp4 or none, found {quantization!r}")
-    folder = resolve_folder(model)
+    folder = _model_folder(model)
     record = provenance(Path(adapters[0])) if adapters else {}
     config, source = read_config(str(folder))
     stored_dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
@@ -269,7 +298,6 @@ def evaluate_command(
 
     Example: `qlora-kit eval --model models/m --adapter runs/r/adapter --data data/eval.jsonl`
     """
-    from qlora_kit.base.loader import resolve_folder
     from qlora_kit.data.batches import eval_batches
     from qlora_kit.data.tokenize import load_examples, load_tokenizer
     from qlora_kit.planning.components import AUTO_LOSS_CHUNK_TOKENS
@@ -277,7 +305,7 @@ def evaluate_command(
     from qlora_kit.training.evaluate import evaluate
 
     settings = _section(Data, train=str(data), format=format, learn=learn, seq_len=seq_len)
-    examples, _ = load_examples(data, settings, load_tokenizer(resolve_folder(model)))
+    examples, _ = load_examples(data, settings, load_tokenizer(_model_folder(model)))
     batches = eval_batches(examples, micro_batch=1, seq_len=seq_len, packing=True, pad_id=0)
     base = _load(model, [adapter] if adapter else [], quantization, any_base)
     evaluation = evaluate(base, batches, AUTO_LOSS_CHUNK_TOKENS)
@@ -308,7 +336,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as plain text, without a template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = 0.0,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of sampling at a temperature above 0.")] = 0,
     quantization: Quantization = "auto",
     any_base: AnyBase = False,
 ) -> None:
@@ -316,11 +344,10 @@ def generate(
 
     Example: `qlora-kit generate --model models/m --adapter runs/r/adapter --prompt "Why is the sky blue?"`
     """
-    from qlora_kit.base.loader import resolve_folder
     from qlora_kit.data.tokenize import load_tokenizer
     from qlora_kit.generation import generate as run_generation
 
-    tokenizer = load_tokenizer(resolve_folder(model))
+    tokenizer = load_tokenizer(_model_folder(model))
     base = _load(model, list(adapter or []), quantization, any_base)
     messages = [{"role": "system", "content": system}] if system else []
     asked = prompt if raw else [*messages, {"role": "user", "content": prompt}]
@@ -356,11 +383,12 @@ def merge(
 
     Example: `qlora-kit merge --model models/m --adapter runs/r/adapter --out runs/r/merged --verify data/eval.jsonl`
     """
-    from qlora_kit.base.loader import resolve_folder
     from qlora_kit.export.merge import merge_model
     from qlora_kit.units import format_bytes
 
-    folder = resolve_folder(model)
+    folder = _model_folder(model)
+    if verify is not None:
+        _check_data(folder, verify)
     report = merge_model(folder, adapter, out, dtype=dtype.value, onto=onto.value, any_base=any_base)
     result = report.to_json()
     if verify is not None:
@@ -380,6 +408,14 @@ def merge(
         )
 
 
+def _check_data(folder: Path, data: Path) -> None:
+    """Read held-out data before hours of work that it is to prove. Raises: DataError: a line cannot be used."""
+    from qlora_kit.data.tokenize import load_examples, load_tokenizer
+    from qlora_kit.recipe import Data
+
+    load_examples(data, Data(train=str(data), seq_len=2048), load_tokenizer(folder))
+
+
 def _prove(folder: Path, adapter: Path, out: Path, data: Path, any_base: bool) -> dict[str, Any]:
     from qlora_kit.data.tokenize import load_tokenizer
     from qlora_kit.export.verify import prove_merge
@@ -391,10 +427,36 @@ def _prove(folder: Path, adapter: Path, out: Path, data: Path, any_base: bool) -
 @app.command()
 def quantize(
     model: ModelPath,
-    out: Annotated[Path, typer.Option(help="New folder for the NF4 checkpoint.")],
+    out: Annotated[Path, typer.Option(help="New folder for the 4-bit checkpoint.")],
+    quant_type: Annotated[QuantType, typer.Option(help="The 4-bit type of the weights.")] = QuantType.nf4,
+    double_quant: Annotated[
+        bool, typer.Option(help="Quantize the scales too: 4.127 bits per weight instead of 4.5.")
+    ] = True,
+    dtype: Annotated[
+        DType, typer.Option(help="Of what stays unquantized, and of weights before; `model.dtype` of the recipe.")
+    ] = DType.bfloat16,
+    as_json: AsJson = False,
 ) -> None:
-    """Write an NF4 checkpoint that this kit and transformers load. Not built yet."""
-    _not_built("quantize")
+    """Write a 4-bit checkpoint that this kit and plain transformers load.
+
+    Memory stays at a few tensors, whatever the model. Training from it gives what training from the original gives,
+    and adapters fit both.
+
+    Example: `qlora-kit quantize --model models/m --out models/m-nf4`
+    """
+    from qlora_kit.base.loader import resolve_folder
+    from qlora_kit.base.quantize_model import quantize_model
+    from qlora_kit.units import format_bytes
+
+    folder = resolve_folder(model)
+    report = quantize_model(folder, out, quant_type=quant_type.value, double_quant=double_quant, dtype=dtype.value)
+    if as_json:
+        _print_json(report.to_json())
+        return
+    print(
+        f"{out}: {format_bytes(report.bytes_written)} of {format_bytes(report.bytes_read)}, "
+        f"{report.quantized_tensors} tensors in {report.quant_type}, {report.copied_tensors} in {report.dtype}"
+    )
 
 
 @adapter_app.command("show")

@@ -12,23 +12,41 @@ import torch
 
 from qlora_kit.base.loader import Base, held_weights
 from qlora_kit.console import progress
-from qlora_kit.data.tokenize import leading_bos
+from qlora_kit.data.tokenize import leading_bos, tokenizer_boundary
 from qlora_kit.errors import DataError
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]]) -> list[list[int]]:
-    """Token ids of raw text, or of messages rendered with the chat template and the opening of the answer."""
+    """Token ids of raw text, or of messages rendered with the chat template and the opening of the answer.
+
+    Raises: DataError: no template, one that refuses, or nothing to continue. ModelError: the tokenizer breaks.
+    """
     encoded, bos = [], leading_bos(tokenizer)
     for prompt in prompts:
         if isinstance(prompt, str):
-            encoded.append(tokenizer(prompt)["input_ids"])
-            continue
-        if not tokenizer.chat_template:
-            raise DataError("the tokenizer has no chat template; give the prompt as plain text (--raw)")
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        encoded.append(ids if bos is None or ids[:1] == [bos] else [bos, *ids])
+            ids = _ids(tokenizer, prompt, special=True)
+        else:
+            ids = _ids(tokenizer, _rendered(tokenizer, prompt), special=False)
+            ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+        if not ids:
+            raise DataError("the prompt holds no token; give some text")
+        encoded.append(ids)
     return encoded
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """Raises: DataError: no chat template, or one that refuses these messages."""
+    if not tokenizer.chat_template:
+        raise DataError("the tokenizer has no chat template; give the prompt as plain text (--raw)")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as problem:  # whatever the template's own code raises
+        raise DataError(f"the chat template refuses the prompt: {problem}") from problem
+
+
+def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    with tokenizer_boundary(f"{tokenizer.name_or_path}: the tokenizer breaks on the prompt"):
+        return tokenizer(text, add_special_tokens=special)["input_ids"]
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from qlora_kit.errors import RecipeError, nearest
 def recipes_folder() -> Path:
     """Where the prepared recipes are."""
     package = Path(__file__).parent
-    return next((folder for folder in (package.parent / "recipes", package / "recipes") if folder.is_dir()), package)
+    checkout = package.parent
+    return checkout / "recipes" if (checkout / "pyproject.toml").is_file() else package / "recipes"
 
 
 def prepared_recipes() -> dict[str, tuple[Path, str]]:

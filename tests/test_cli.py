@@ -48,10 +48,11 @@ MERGE_CHOICES = [
     *[("--dtype", choice) for choice in ("float16", "bfloat16", "float32")],
     *[("--onto", choice) for choice in ("auto", "original", "dequantized")],
 ]
+NOT_BUILT_SWITCHES = ("placement=host", "placement=disk", "activation_offload=true")
 NOT_BUILT = {
     "plan --stack peft": ["plan", "llama-2-7b", "--stack", "peft"],
+    **{f"memory.{switch}": ["plan", "llama-2-7b", "--set", f"memory.{switch}"] for switch in NOT_BUILT_SWITCHES},
     "profile": ["profile", "r.yaml"],
-    "quantize": ["quantize", "--model", "m", "--out", "o"],
     "adapter show": ["adapter", "show", "a"],
     "adapter compose": ["adapter", "compose", "a", "b", "--weights", "0.7,0.3", "--out", "o"],
     "selftest": ["selftest"],
@@ -386,6 +387,16 @@ def test_a_folder_without_a_model_ends_with_4(qlora: Qlora, place: Place, tmp_pa
         complaint(qlora("eval", "--model", model, "--data", place.eval), 4)
 
 
+@pytest.mark.parametrize("name", ["eval", "generate", "merge", "train"])
+def test_a_wrong_field_of_the_models_config_ends_with_4_and_is_named(qlora: Qlora, place: Place, name: str) -> None:
+    config = json.loads((place.model / "config.json").read_text())
+    (place.model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "two"}))
+    options = {"eval": ["--data", place.eval], "generate": ["--prompt", "a"], "merge": ["--adapter", "a", "--out", "o"]}
+    arguments = [place.recipe] if name == "train" else ["--model", place.model, *options[name]]
+    said = complaint(qlora(name, *arguments), 4)
+    assert f"{place.model / 'config.json'}: config field 'num_hidden_layers': expected an integer" in said
+
+
 def test_what_does_not_fit_ends_with_6_before_anything_is_written(qlora: Qlora, place: Place) -> None:
     ended = qlora("train", place.recipe, "--set", "memory.budget=100KiB")
     assert "does not fit: " in complaint(ended, 6)
@@ -569,6 +580,12 @@ def test_a_merge_onto_what_exists_ends_with_5_and_leaves_it(qlora: Qlora, story:
     before = files.sha256(merged / "model.safetensors")
     assert "already exists" in complaint(qlora("merge", *story.trained, "--out", merged), 5)
     assert files.sha256(merged / "model.safetensors") == before
+
+
+def test_data_that_is_to_prove_a_merge_is_read_before_the_merge(qlora: Qlora, story: Story, tmp_path: Path) -> None:
+    arguments = ["merge", *story.trained, "--out", tmp_path / "out", "--verify", tmp_path / "nosuch.jsonl"]
+    assert "nosuch.jsonl: no such data file" in complaint(qlora(*arguments), 3)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["eval", "generate", "merge"])

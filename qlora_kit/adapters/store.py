@@ -30,6 +30,12 @@ from qlora_kit.files import write_json
 
 CONFIG, WEIGHTS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "qlora_kit.json"
 PREFIX = "base_model.model."
+RECORDED = {  # what `provenance` accepts
+    "base_fingerprint": lambda value: isinstance(value, str),
+    "quantization": lambda value: value in ("nf4", "fp4", "none"),
+    "double_quant": lambda value: isinstance(value, bool),
+    "dtype": lambda value: value in ("bfloat16", "float16", "float32"),
+}
 # PEFT's switches that change the product; each with the only value that means plain LoRA.
 PLAIN = {
     "use_dora": (False, None),
@@ -165,11 +171,11 @@ def read_adapter(folder: Path, linears: Mapping[str, tuple[int, int]], base_fold
         pairs.setdefault(match[1], {})[match[2]] = shards.read(key)
     if not pairs:
         raise ModelError(f"{path}: holds no tensors: the adapter is empty")
-    dropout = float(config.get("lora_dropout") or 0.0)
+    dropout = _number(config, "lora_dropout", 0.0, folder)
     branches = {}
     for name, pair in pairs.items():
         lora_A, lora_B = _checked_pair(pair, linears[name], f"{path}: {name}")
-        branches[name] = StoredBranch(lora_A, lora_B, _scale(config, name, lora_A.shape[0]), dropout)
+        branches[name] = StoredBranch(lora_A, lora_B, _scale(config, name, lora_A.shape[0], folder), dropout)
     return branches
 
 
@@ -179,10 +185,16 @@ def provenance(folder: Path) -> dict[str, Any]:
     Raises: ModelError: the file is there and cannot be read.
     """
     path = folder / PROVENANCE
+    if not path.is_file():
+        return {}
     try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
+        record = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as problem:
         raise ModelError(f"{path}: cannot read: {problem}") from problem
+    for key, allowed in RECORDED.items():
+        if key in record and not allowed(record[key]):
+            raise ModelError(f"{path}: {key}: not a value that this kit writes: {record[key]!r:.80}")
+    return record
 
 
 def require_same_base(folder: Path, fingerprint: str, base_folder: Path) -> None:
@@ -214,6 +226,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _pattern_matches(pattern: str, linear: str, folder: Path) -> bool:
+    """PEFT's rule for `alpha_pattern`: the end of the name, at a dot."""
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", linear) is not None
+    except re.error as problem:
+        raise ModelError(f"{folder / CONFIG}: alpha_pattern: {pattern!r:.80}: {problem}") from problem
+
+
 def _checked_pair(pair: dict[str, Tensor], linear: tuple[int, int], where: str) -> tuple[Tensor, Tensor]:
     """A and B. Raises: ModelError: one is missing, a shape does not fit the linear, or a value is not finite."""
     out_features, in_features = linear
@@ -236,13 +256,20 @@ def _require_finite(tensors: dict[str, Tensor], where: Path | str) -> None:
             raise ModelError(f"{where}: tensor {key!r} holds NaN or infinity")
 
 
-def _scale(config: dict[str, Any], linear: str, rank: int) -> float:
+def _number(fields: Mapping[str, Any], key: str, default: float, folder: Path) -> float:
+    """A field that is a number from 0 to 1e9; null counts as absent. Raises: ModelError: it is something else."""
+    value = default if fields.get(key) is None else fields[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+        raise ModelError(f"{folder / CONFIG}: {key}: a number from 0 expected, found {value!r:.80}")
+    return float(value)
+
+
+def _scale(config: dict[str, Any], linear: str, rank: int, folder: Path) -> float:
     """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", linear):
-            alpha = value
+    alpha = _number(config, "lora_alpha", 8, folder)
+    patterns = config.get("alpha_pattern") or {}
+    for pattern in patterns:
+        if _pattern_matches(pattern, linear, folder):
+            alpha = _number(patterns, pattern, alpha, folder)
             break
-    if not isinstance(alpha, int | float) or not 0 < alpha < 1e9:
-        raise ModelError(f"{CONFIG}: lora_alpha: a positive number expected, found {alpha!r}")
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)

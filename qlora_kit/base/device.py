@@ -6,13 +6,18 @@ Imported by: training, generation, export, the commands.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qlora_kit.errors import RecipeError
+
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -34,16 +39,31 @@ def has_unified_memory(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def return_freed_memory() -> None:
+    """Ask glibc to map large tensors one by one, so that what is freed goes back to the system at once.
+
+    By default its threshold grows with what was freed, and blocks of different sizes then fragment the heap: the
+    quickstart's process held 100 MB more. Does nothing elsewhere.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
+def _allocator() -> Any:
+    """The allocator's figures: `torch.accelerator`'s, or CUDA's own where torch is older than 2.9."""
+    return torch.accelerator if hasattr(torch.accelerator, "max_memory_allocated") else torch.cuda
+
+
 def reset_peak(device: torch.device) -> None:
     """Begin a new measurement of `peak_bytes`. The host's peak cannot be reset without root; it stays."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type != "cpu":
+        _allocator().reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most bytes in use on the device so far: the allocator's on CUDA, the process' resident set on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Most bytes in use on the device so far: the allocator's, or on the CPU the process' resident set."""
+    if device.type != "cpu":
+        return _allocator().max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -52,6 +72,8 @@ def free_bytes(device: torch.device) -> int:
     """Memory of the device that nobody uses."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return torch.accelerator.get_memory_info(device)[0]
     import psutil
 
     return psutil.virtual_memory().available

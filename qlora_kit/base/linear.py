@@ -9,6 +9,7 @@ Imported by: base.loader (builds it), adapters (hangs branches in), export (read
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -64,17 +65,18 @@ class FrozenLinear(nn.Module):
         quantization: str,
         double_quant: bool,
         dtype: torch.dtype,
+        block: int = nf4.BLOCK,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.quantization, self.dtype = quantization, dtype
+        self.quantization, self.dtype, self.block = quantization, dtype, block
         self.branches = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.merged: Tensor | None = None
         self.held: Tensor | None = None
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"dense": ((out_features, in_features), dtype)}
         if quantization != "none":
-            shapes = nf4.state_shapes(in_features * out_features, double_quant)
+            shapes = nf4.state_shapes(in_features * out_features, double_quant, block)
         self.stored = tuple(shapes)
         for name, (shape, stored_dtype) in shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=stored_dtype, device="meta"))
@@ -85,8 +87,13 @@ class FrozenLinear(nn.Module):
         stored = {"dense": weight.to(self.dtype)}
         if self.quantization != "none":
             stored = nf4.quantize(weight.to(self.dtype), self.quantization, "absmax_offset" in self.stored)
+        self.take(stored)
+
+    def take(self, stored: Mapping[str, Tensor]) -> None:
+        """Take the stored tensors as they are, by `nf4`'s names (or `dense`), on the device where they are to live."""
         for name, value in stored.items():
-            setattr(self, name, value)
+            self.register_buffer(name, value)
+        self.stored = tuple(stored)
 
     def base_weight(self) -> Tensor:
         """W as the base has it, [O, I]: dequantized anew, or the tensor itself that is kept (do not write to it)."""
@@ -95,7 +102,8 @@ class FrozenLinear(nn.Module):
         if self.held is not None:
             return self.held
         stored = {name: getattr(self, name) for name in self.stored}
-        return nf4.dequantize(stored, (self.out_features, self.in_features), self.quantization, self.dtype)
+        shape = (self.out_features, self.in_features)
+        return nf4.dequantize(stored, shape, self.quantization, self.dtype, block=self.block)
 
     def weight(self) -> Tensor:
         """W as the product uses it: the merged weight if there is one."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit import recipe
-from qlora_kit.architectures import Architecture, architecture_of
+from qlora_kit.architectures import Architecture
+from qlora_kit.base import nf4
 from qlora_kit.base.device import free_bytes
 from qlora_kit.base.linear import FrozenLinear
+from qlora_kit.base.prequantized import FINGERPRINT, PART, PackedWeight, packed_weights
 from qlora_kit.base.shards import Shards, find_shards
-from qlora_kit.console import progress
+from qlora_kit.console import note, progress
 from qlora_kit.errors import ModelError
-from qlora_kit.planning.shapes import read_config
+from qlora_kit.planning.shapes import model_shapes, read_config
 
 SAMPLE_BYTES = 4096  # of each tensor, twice, in the fingerprint
-UNSAFE_CONFIG_KEYS = ("auto_map", "quantization_config", "transformers_version", "torch_dtype", "dtype")
+UNSAFE_CONFIG_KEYS = frozenset({"auto_map", "attn_implementation", "experts_implementation"})  # fetch or run code
+DECIDED_HERE = frozenset({"quantization_config", "transformers_version", "torch_dtype", "dtype"})
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,12 @@ def fingerprint(shards: Shards) -> str:
     return digest.hexdigest()[:32]
 
 
+def base_fingerprint(shards: Shards) -> str:
+    """The fingerprint of a base, or of the one that a 4-bit checkpoint of this kit was made from."""
+    recorded = shards.metadata.get(FINGERPRINT, "")
+    return recorded if re.fullmatch("[0-9a-f]{32}", recorded) else fingerprint(shards)
+
+
 def load_base(settings: recipe.Model, device: torch.device | str = "cpu") -> Base:
     """Load, quantize and freeze a base model.
 
@@ -129,17 +139,33 @@ def load_base(settings: recipe.Model, device: torch.device | str = "cpu") -> Bas
     """
     folder, device = resolve_folder(settings.path, settings.revision), torch.device(device)
     config, source = read_config(str(folder))
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "unknown")
-        raise ModelError(f"{source}: quantization_config: already quantized ({method}); give the unquantized model")
-    architecture = architecture_of(config, source)
+    architecture = model_shapes(config, source).architecture  # absurd sizes end here
     shards = Shards(find_shards(folder))
+    packed = packed_weights(shards, architecture, config, source)
+    settings = _as_stored(settings, packed, source)
     model = build_on_meta(config, getattr(torch, settings.dtype), source)
-    _replace_linears(model, architecture, settings)
+    _replace_linears(model, architecture, settings, packed)
     _materialise_buffers(model, device)
-    _fill(model, architecture, shards, device)
+    _fill(model, architecture, shards, packed or {}, device)
     model.eval().requires_grad_(False)
-    return Base(model, architecture, settings, folder, fingerprint(shards), device)
+    return Base(model, architecture, settings, folder, base_fingerprint(shards), device)
+
+
+def _as_stored(settings: recipe.Model, packed: dict[str, PackedWeight] | None, source: str) -> recipe.Model:
+    """The settings with the quantization that a 4-bit checkpoint has, whatever was asked for.
+
+    Raises: ModelError: nothing in it is quantized, or not all of it to the same type.
+    """
+    if packed is None:
+        return settings
+    kinds = {weight.quant_type for weight in packed.values()}
+    if len(kinds) != 1:
+        raise ModelError(f"{source}: quantization_config: 4-bit weights of one type expected, found {sorted(kinds)}")
+    found = {"quantization": kinds.pop(), "double_quant": any(weight.double_quant for weight in packed.values())}
+    for key, value in found.items():
+        if getattr(settings, key) != value:
+            note(f"{source}: model.{key} is {value} in this checkpoint; {getattr(settings, key)} is not used")
+    return settings.model_copy(update=found)
 
 
 def build_on_meta(config: dict[str, Any], dtype: torch.dtype, source: str) -> Any:
@@ -149,7 +175,9 @@ def build_on_meta(config: dict[str, Any], dtype: torch.dtype, source: str) -> An
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = {key: value for key, value in config.items() if key not in UNSAFE_CONFIG_KEYS and key[:1] != "_"}
+    fields = {
+        key: value for key, value in config.items() if key not in UNSAFE_CONFIG_KEYS | DECIDED_HERE and key[:1] != "_"
+    }
     try:
         parsed = AutoConfig.for_model(**fields)
         parsed.use_cache = True
@@ -159,8 +187,10 @@ def build_on_meta(config: dict[str, Any], dtype: torch.dtype, source: str) -> An
         raise ModelError(f"{source}: transformers cannot build this model: {problem}") from problem
 
 
-def _replace_linears(model: Any, architecture: Architecture, settings: recipe.Model) -> None:
-    """Put a `FrozenLinear` in the place of each linear of the decoder blocks."""
+def _replace_linears(
+    model: Any, architecture: Architecture, settings: recipe.Model, packed: dict[str, PackedWeight] | None
+) -> None:
+    """Put a `FrozenLinear` in the place of each linear of the decoder blocks, stored as settings or files have it."""
     dtype = getattr(torch, settings.dtype)
     blocks = model.get_submodule(architecture.blocks)
     for name, module in list(blocks.named_modules()):
@@ -168,32 +198,33 @@ def _replace_linears(model: Any, architecture: Architecture, settings: recipe.Mo
         if not isinstance(weight, Tensor) or weight.dim() != 2:
             continue
         out_features, in_features = weight.shape[::-1] if architecture.transposed else weight.shape
+        stored = None if packed is None else packed.get(f"{architecture.blocks}.{name}.weight")
         frozen = FrozenLinear(
             in_features,
             out_features,
             bias=module.bias is not None,
-            quantization=settings.quantization,
-            double_quant=settings.double_quant,
+            quantization=stored.quant_type if stored else settings.quantization if packed is None else "none",
+            double_quant=stored.double_quant if stored else settings.double_quant,
             dtype=dtype,
+            block=stored.block if stored else nf4.BLOCK,
         )
         parent, _, leaf = name.rpartition(".")
         setattr(blocks.get_submodule(parent), leaf, frozen)
 
 
-def _fill(model: Any, architecture: Architecture, shards: Shards, device: torch.device) -> None:
+def _fill(
+    model: Any, architecture: Architecture, shards: Shards, packed: dict[str, PackedWeight], device: torch.device
+) -> None:
     """Give every weight of the model its tensor from the files."""
     names = _match_names(model, architecture, shards)
     total = sum(shards.entries[stored].size_bytes for stored in names.values())
     with progress("loading the base", total) as advance:
         for target, stored in names.items():
-            _place(
-                model,
-                architecture,
-                target,
-                shards.read(stored),
-                device,
-                f"{shards.entries[stored].path}: {stored}",
-            )
+            where = f"{shards.entries[stored].path}: {stored}"
+            if target in packed:
+                _place_packed(model, target, packed[target], shards, device, where)
+            else:
+                _place(model, architecture, target, shards.read(stored), device, where)
             advance(shards.entries[stored].size_bytes, "")
     model.tie_weights()
 
@@ -204,7 +235,7 @@ def _match_names(model: Any, architecture: Architecture, shards: Shards) -> dict
     Raises: ModelError: a tensor is missing or unexpected.
     """
     wanted = [name for name, _ in expected_tensors(model)]
-    stored = {architecture.name_in_model(name): name for name in shards.entries}
+    stored = {architecture.name_in_model(name): name for name in shards.entries if not PART.fullmatch(name)}
     stored.pop(None, None)
     head = f"{architecture.head}.weight"
     if model.config.tie_word_embeddings:  # the head is the embedding, whatever the files hold under its name
@@ -252,6 +283,24 @@ def _place(model: Any, architecture: Architecture, name: str, value: Tensor, dev
     else:
         dtype = getattr(module, leaf).dtype
         setattr(module, leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))
+
+
+def _place_packed(
+    model: Any, name: str, packed: PackedWeight, shards: Shards, device: torch.device, where: str
+) -> None:
+    """Give a linear the codes that the files hold; a weight outside the blocks (a head) is dequantized.
+
+    Raises: ModelError: its shape is not the model's.
+    """
+    module = model.get_submodule(name.removesuffix(".weight"))
+    frozen = isinstance(module, FrozenLinear)
+    shape = (module.out_features, module.in_features) if frozen else tuple(module.weight.shape)
+    if packed.shape != shape:
+        raise ModelError(f"{where}: shape {list(packed.shape)}, the config asks for {list(shape)}")
+    if frozen:
+        module.take({key: value.to(device) for key, value in packed.read(shards).items()})
+    else:
+        module.weight = nn.Parameter(packed.dequantize(shards, module.weight.dtype).to(device), requires_grad=False)
 
 
 def _materialise_buffers(model: Any, device: torch.device) -> None:

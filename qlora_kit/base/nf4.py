@@ -7,10 +7,12 @@ A weight of n values in blocks of 64 becomes (names as attributes of `FrozenLine
     absmax        uint8 [n / 64]             its 8-bit code, and
     absmax_scale  fp32 [n / 64 / 256]        one scale for each 256 of these codes, and
     absmax_offset fp32 []                    their mean
+    absmax_code   fp32 [256]                 values of the 8-bit codes, only where not today's bitsandbytes'
 
 Why no `bitsandbytes.nn.Linear4bit`: on CPUs with AVX512-BF16 one evaluation repacks its weight for good and later
 training passes no gradient; and its `MatMul4Bit` keeps the weight on `ctx`, out of reach of recomputation
-(bitsandbytes issue 2034). Source: Dettmers et al. 2023, arXiv:2305.14314, section 3. Imported by: linear, loader.
+(bitsandbytes issue 2034). Source: Dettmers et al. 2023, arXiv:2305.14314, section 3. Imported by: linear, loader,
+prequantized, export.
 """
 
 from __future__ import annotations
@@ -39,14 +41,22 @@ def _functional() -> Any:
 
 
 @functools.cache
-def _absmax_code(device: torch.device) -> Tensor:
+def absmax_code(device: torch.device) -> Tensor:
     """The 256 values of the 8-bit code of `absmax`, fp32 [256]: one table per device, shared by all weights."""
     return _functional().create_dynamic_map().to(device)
 
 
-def state_shapes(weights: int, double_quant: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each stored tensor of a weight of `weights` values."""
-    blocks = -(-weights // BLOCK)
+@functools.cache
+def level_values(quant_type: str) -> Tensor:
+    """The values of the 16 codes of a 4-bit type, for absmax 1, fp32 [16] on the host."""
+    return _functional().get_4bit_type(quant_type, device="cpu")
+
+
+def state_shapes(
+    weights: int, double_quant: bool, block: int = BLOCK
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each stored tensor of a weight of `weights` values, `block` of which share one absmax."""
+    blocks = -(-weights // block)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"codes": ((-(-weights // 2), 1), torch.uint8)}
     if not double_quant:
         return shapes | {"absmax": ((blocks,), torch.float32)}
@@ -68,7 +78,7 @@ def quantize(weight: Tensor, quant_type: str, double_quant: bool) -> dict[str, T
     if not double_quant:
         return {"codes": codes, "absmax": absmax}
     offset = absmax.mean()
-    code = _absmax_code(absmax.device)
+    code = absmax_code(absmax.device)
     absmax_codes, scale = torch.ops.bitsandbytes.quantize_blockwise(absmax - offset, code, NESTED_BLOCK)
     return {"codes": codes, "absmax": absmax_codes, "absmax_scale": scale, "absmax_offset": offset}
 
@@ -90,18 +100,18 @@ def dequantize(
             times as long without it, most of it the kernel's zeroing of fresh pages.
     """
     codes, offset = stored["codes"], stored.get("absmax_offset")
+    code = stored.get("absmax_code")
+    if code is None and offset is not None:
+        code = absmax_code(codes.device)
     if quantize_cpu.has_kernels(codes):
         absmax = stored["absmax"]
-        if offset is not None:
-            absmax = quantize_cpu.dequantize_8bit(
-                absmax, stored["absmax_scale"], _absmax_code(absmax.device), NESTED_BLOCK
-            ).add_(offset)
+        if code is not None and offset is not None:
+            absmax = quantize_cpu.dequantize_8bit(absmax, stored["absmax_scale"], code, NESTED_BLOCK).add_(offset)
         out = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
         return quantize_cpu.dequantize_4bit(codes, absmax, quant_type, block, out)
     functional = _functional()
     nested = None
     if offset is not None:
-        code = _absmax_code(codes.device)
         nested = functional.QuantState(
             absmax=stored["absmax_scale"], code=code, blocksize=NESTED_BLOCK, dtype=torch.float32
         )

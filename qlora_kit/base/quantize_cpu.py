@@ -3,9 +3,10 @@
 Why: bitsandbytes has no CPU kernel for quantization. Its generic torch code finds the level of one weight after the
 other by `bucketize`, on fp32 copies of the whole weight; that was most of the time it took to load a model. For
 dequantization it has kernels, but no way to say where the result should go.
-How: to be quantized, the weight passes through a tile of scratch that stays in the processor's cache. A block is
-scaled by the same fp32 operations as in bitsandbytes; the level is the number of thresholds below the scaled value,
-by 15 comparisons. numpy makes these: its comparisons into bytes are SIMD code, torch's take ten times as long.
+How: to be quantized, the weight passes through tiles of scratch that stay in the processor's cache. A block is scaled
+by the same fp32 operations as in bitsandbytes; the level is the number of thresholds below the scaled value, by 15
+comparisons. numpy makes these: its comparisons into bytes are SIMD code, torch's take ten times as long. Tiles are
+large because threads must hand each other the interpreter's lock between two operations.
 Source: the rule is bitsandbytes 0.50.2's, `backends/default/ops.py`, `quantize_4bit`. Imported by: nf4.
 """
 
@@ -22,11 +23,17 @@ import torch
 from torch import Tensor
 
 BLOCK = 64  # weights that share one absmax
-PIECE = 511 * BLOCK  # in weights; from 32,768 on torch would start threads for each small operation
-TILE = 4 * PIECE  # in weights; 6 bytes each are to fit the processor's second cache
-WEIGHTS_PER_THREAD = 4 << 20  # fewer are not worth a thread
+TILE = 1 << 19  # weights; 6 bytes of scratch for each, in every thread
+PIECE = 1 << 20  # weights whose maxima are taken at a time; 2 or 4 bytes of scratch for each
+WEIGHTS_PER_THREAD = 1 << 21  # fewer are not worth a thread
 TINY = 1e-38  # bitsandbytes' least divisor
 LEVELS = 16
+# For each dtype the integer of its size and the bits of the magnitude, whose order as integers is that of the values.
+MAGNITUDE = {
+    torch.bfloat16: (torch.int16, 0x7FFF),
+    torch.float16: (torch.int16, 0x7FFF),
+    torch.float32: (torch.int32, 0x7FFF_FFFF),
+}
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -53,41 +60,36 @@ def quantize_4bit(weight: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
         As in bitsandbytes, a NaN makes its whole block NaN, and an infinity makes it zeros and NaN.
     Raises: ValueError: another dtype or device.
     """
-    if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if weight.device.type != "cpu" or weight.dtype not in MAGNITUDE:
         raise ValueError(f"expected bf16, fp16 or fp32 on the CPU, found {weight.dtype} on {weight.device}")
     flat = weight.detach().view(-1)
     codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device="cpu")
     absmax = torch.empty(-(-flat.numel() // BLOCK), dtype=torch.float32, device="cpu")
-    codes_array, absmax_array = codes.numpy(), absmax.numpy()
     whole = flat.numel() // BLOCK * BLOCK
-    threads = max(1, min(torch.get_num_threads(), whole // WEIGHTS_PER_THREAD))
-    share = max(BLOCK, -(-whole // BLOCK // threads) * BLOCK)
-
-    def quantize_share(start: int) -> None:
-        end = min(start + share, whole)
-        _quantize_blocks(
-            flat[start:end],
-            codes_array[start // 2 : end // 2],
-            absmax_array[start // BLOCK : end // BLOCK],
-            quant_type,
-        )
-
-    if threads == 1:
-        quantize_share(0)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(quantize_share, range(0, whole, share)))
+    absmax[: whole // BLOCK] = _block_maxima(flat[:whole])
+    _quantize_blocks(flat[:whole], absmax[: whole // BLOCK], codes.numpy(), quant_type)
     if whole < flat.numel():
-        absmax_array[-1] = _quantize_rest(flat[whole:], codes_array[whole // 2 :], quant_type)
+        absmax[-1] = _quantize_rest(flat[whole:], codes.numpy()[whole // 2 :], quant_type)
     return codes.view(-1, 1), absmax
 
 
+def _block_maxima(flat: Tensor) -> Tensor:
+    """Largest magnitude of each block, fp32; NaN where there is one, since its bits are the largest."""
+    integer, mask = MAGNITUDE[flat.dtype]
+    maxima = torch.empty(flat.numel() // BLOCK, dtype=integer, device="cpu")
+    scratch = torch.empty(min(PIECE, flat.numel()), dtype=integer, device="cpu")
+    for start in range(0, flat.numel(), PIECE):
+        piece = flat[start : start + PIECE].view(integer)
+        magnitude = torch.bitwise_and(piece, mask, out=scratch[: piece.numel()])
+        torch.amax(magnitude.view(-1, BLOCK), dim=1, out=maxima[start // BLOCK : (start + piece.numel()) // BLOCK])
+    return maxima.view(flat.dtype).float()
+
+
 class _Scratch(threading.local):
-    """What a thread reuses from tile to tile and from weight to weight: 6 bytes x TILE + 4 bytes x PIECE."""
+    """What a thread reuses from tile to tile, and the main thread from weight to weight."""
 
     def __init__(self) -> None:
-        self.scaled = torch.empty(TILE, dtype=torch.float32, device="cpu")
-        self.magnitude = torch.empty(PIECE, dtype=torch.float32, device="cpu")
+        self.scaled = np.empty(TILE, np.float32)
         self.level = np.empty(TILE, np.uint8)
         self.above = np.empty(TILE, np.uint8)
 
@@ -95,19 +97,32 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _quantize_blocks(flat: Tensor, codes: Array, absmax: Array, quant_type: str) -> None:
-    """Whole blocks, tile by tile."""
-    for start in range(0, flat.numel(), TILE):
-        tile = flat[start : start + TILE]
-        scaled = _scratch.scaled[: tile.numel()]
-        maxima = absmax[start // BLOCK : (start + tile.numel()) // BLOCK]
-        for at in range(0, tile.numel(), PIECE):
-            blocks = scaled[at : at + PIECE].copy_(tile[at : at + PIECE]).view(-1, BLOCK)
-            largest = torch.abs(blocks, out=_scratch.magnitude[: blocks.numel()].view(-1, BLOCK)).amax(dim=1)
-            blocks *= (1.0 / largest.clamp(min=TINY))[:, None]
-            maxima[at // BLOCK : at // BLOCK + len(largest)] = largest.numpy()
-        packed = codes[start // 2 : (start + tile.numel()) // 2]
-        _encode(scaled.numpy(), packed, quant_type, finite=bool(np.isfinite(maxima).all()))
+def _quantize_blocks(flat: Tensor, absmax: Tensor, codes: Array, quant_type: str) -> None:
+    """Whole blocks, tile by tile, in several threads if there are many."""
+    inverse = (1.0 / absmax.clamp(min=TINY)).numpy()[:, None]
+    finite = absmax.isfinite().numpy()
+    source = flat.view(torch.int16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
+
+    def quantize_tile(start: int) -> None:
+        tile = source[start : start + TILE]
+        blocks = slice(start // BLOCK, (start + len(tile)) // BLOCK)
+        scaled = _scratch.scaled[: len(tile)]
+        if flat.dtype == torch.bfloat16:  # the upper half of an fp32
+            np.left_shift(tile.view(np.uint16), 16, out=scaled.view(np.uint32), dtype=np.uint32)
+            tile = scaled
+        with np.errstate(invalid="ignore"):  # infinity times zero
+            np.multiply(tile.reshape(-1, BLOCK), inverse[blocks], out=scaled.reshape(-1, BLOCK))
+        packed = codes[start // 2 : (start + len(tile)) // 2]
+        _encode(scaled, packed, quant_type, finite=bool(finite[blocks].all()))
+
+    starts = range(0, len(source), TILE)
+    threads = min(torch.get_num_threads(), len(source) // WEIGHTS_PER_THREAD)
+    if threads < 2:
+        for start in starts:
+            quantize_tile(start)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(quantize_tile, starts))
 
 
 def _quantize_rest(flat: Tensor, codes: Array, quant_type: str) -> float:

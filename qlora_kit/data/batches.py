@@ -7,7 +7,8 @@ Packed documents are kept apart by position ids that begin anew at 0: transforme
 mask from them (masking_utils.find_packed_sequence_indices) as long as neither an attention mask nor a cache
 is given, so call the model with `use_cache=False`, and with sdpa or eager attention. Padding stands on the
 right, where causal attention never looks, and counts on, so it needs no mask either.
-Shapes: B rows, T tokens of the longest row. Imported by training, profiling and evaluation.
+Shapes: B rows, T tokens of the longest row, rounded up to PAD_MULTIPLE but never above seq_len.
+Imported by training, profiling and evaluation.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from qlora_kit.data.packing import pack
 from qlora_kit.data.tokenize import IGNORE_INDEX, Example
 
+PAD_MULTIPLE = 32  # tokens; a kernel that is compiled for each new shape (oneDNN) then meets few of them
 Row = list[int]  # indices of the examples that share a row
 
 
@@ -63,9 +65,9 @@ def _rows(examples: Sequence[Example], seq_len: int, packing: bool) -> list[Row]
     return sorted(rows, key=lambda row: (-sum(lengths[index] for index in row), row))
 
 
-def _collate(examples: Sequence[Example], rows: Sequence[Row], pad_id: int) -> MicroBatch:
+def _collate(examples: Sequence[Example], rows: Sequence[Row], seq_len: int, pad_id: int) -> MicroBatch:
     documents = [[len(examples[index].input_ids) for index in row] for row in rows]
-    width = max(map(sum, documents))
+    width = min(-(-max(map(sum, documents)) // PAD_MULTIPLE) * PAD_MULTIPLE, seq_len)
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     targets = torch.full((len(rows), width), IGNORE_INDEX, dtype=torch.long)
     position_ids = torch.empty((len(rows), width), dtype=torch.long)
@@ -116,6 +118,7 @@ class Batches:
         self._rows = _rows(examples, seq_len, packing)
         self._micro_batch = micro_batch
         self._rows_per_step = micro_batch * grad_accumulation
+        self._seq_len = seq_len
         self._seed = seed
         self._pad_id = pad_id
         self._order: tuple[int, list[int]] = (-1, [])  # the epoch asked for last; a cache, never state
@@ -130,11 +133,11 @@ class Batches:
         epoch, window = divmod(step, self.steps_per_epoch)
         start = window * self._rows_per_step
         chosen = [self._rows[row] for row in self._epoch(epoch)[start : start + self._rows_per_step]]
-        return _chunks(self._examples, chosen, self._micro_batch, self._pad_id)
+        return _chunks(self._examples, chosen, self._micro_batch, self._seq_len, self._pad_id)
 
     def longest(self) -> MicroBatch:
         """The micro-batch with the worst shape that any step can have: what fits this, fits the run."""
-        return _collate(self._examples, self._rows[: self._micro_batch], self._pad_id)
+        return _collate(self._examples, self._rows[: self._micro_batch], self._seq_len, self._pad_id)
 
     def _epoch(self, epoch: int) -> list[int]:
         if self._order[0] != epoch:
@@ -151,8 +154,8 @@ def permutation(count: int, seed: int, epoch: int) -> list[int]:
     return sorted(range(count), key=key)
 
 
-def _chunks(examples: Sequence[Example], rows: Sequence[Row], size: int, pad_id: int) -> list[MicroBatch]:
-    return [_collate(examples, rows[start : start + size], pad_id) for start in range(0, len(rows), size)]
+def _chunks(examples: Sequence[Example], rows: Sequence[Row], size: int, seq_len: int, pad_id: int) -> list[MicroBatch]:
+    return [_collate(examples, rows[start : start + size], seq_len, pad_id) for start in range(0, len(rows), size)]
 
 
 def eval_batches(
@@ -162,4 +165,4 @@ def eval_batches(
 
     Raises: ValueError: no examples, or one longer than seq_len.
     """
-    return _chunks(examples, _rows(examples, seq_len, packing), micro_batch, pad_id)
+    return _chunks(examples, _rows(examples, seq_len, packing), micro_batch, seq_len, pad_id)

@@ -84,7 +84,7 @@ class DataReport:
 
 
 @contextlib.contextmanager
-def _tokenizer_boundary(what: str) -> Iterator[None]:
+def tokenizer_boundary(what: str) -> Iterator[None]:
     """Turn whatever the tokenizers library throws into a ModelError.
 
     A bad pattern in tokenizer.json panics in Rust; the PanicException that arrives is no `Exception`.
@@ -107,7 +107,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(f"{folder}: no such model folder")
     from transformers import AutoTokenizer
 
-    with _tokenizer_boundary(f"{folder}: cannot load the tokenizer"):
+    with tokenizer_boundary(f"{folder}: cannot load the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if not tokenizer.is_fast:
         found = type(tokenizer).__name__
@@ -131,7 +131,7 @@ class _Encoder:
 
         Raises: ModelError: the tokenizer breaks, or has no eos where one is needed.
         """
-        with _tokenizer_boundary(f"{self.tokenizer.name_or_path}: the tokenizer breaks on a text"):
+        with tokenizer_boundary(f"{self.tokenizer.name_or_path}: the tokenizer breaks on a text"):
             encoded = self.tokenizer(
                 [document.text for document in documents],
                 add_special_tokens=False,
@@ -184,7 +184,7 @@ def leading_bos(tokenizer: Any) -> int | None:
 
     Raises: ModelError: the tokenizer breaks.
     """
-    with _tokenizer_boundary(f"{tokenizer.name_or_path}: the tokenizer breaks"):
+    with tokenizer_boundary(f"{tokenizer.name_or_path}: the tokenizer breaks"):
         first = tokenizer("a")["input_ids"][:1]
     bos = tokenizer.bos_token_id
     return bos if bos is not None and first == [bos] else None

@@ -19,23 +19,13 @@ from qlora_kit import files
 from qlora_kit.adapters.store import StoredBranch, provenance, read_adapter, require_same_base
 from qlora_kit.architectures import Architecture
 from qlora_kit.base import nf4
-from qlora_kit.base.loader import fingerprint
+from qlora_kit.base.companions import carry
+from qlora_kit.base.loader import base_fingerprint
+from qlora_kit.base.prequantized import DequantizedShards, packed_weights
 from qlora_kit.base.shards import Shards, find_shards, write_tensors
 from qlora_kit.console import progress
 from qlora_kit.errors import DiskError, ModelError, NonFiniteError
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
-
-# What a model folder holds besides weights and config: tokenizer, template, generation settings.
-CARRIED = (
-    "tokenizer*",
-    "*.jinja",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-)
 
 
 @dataclass(frozen=True)
@@ -112,23 +102,26 @@ def merge_model(
     shapes = model_shapes(config, source)
     shards = Shards(find_shards(base))
     branches = read_adapter(adapter, _linear_shapes(shapes), base)
-    digest, record = fingerprint(shards), provenance(adapter)
+    digest, record = base_fingerprint(shards), provenance(adapter)
     if not any_base:
         require_same_base(adapter, digest, base)
-    onto = _resolve_onto(onto, record, adapter)
+    packed = packed_weights(shards, shapes.architecture, config, source)
+    onto = _resolve_onto(onto, record, adapter) if packed is None else _onto_4_bits(onto, base)
     settings = {
         "quantization": record.get("quantization", "none"),
         "double_quant": record.get("double_quant", True),
         "dtype": getattr(torch, record.get("dtype", "bfloat16")),
     }
     dequantized = dict.fromkeys(_linear_shapes(shapes), settings) if onto == "dequantized" else {}
+    if packed is not None:
+        shards, dequantized = DequantizedShards(shards, packed, shapes.architecture, settings["dtype"]), {}
     merger = _Merger(shards, shapes.architecture, branches, dequantized, getattr(torch, dtype))
     sizes = {name: _output_bytes(shards, name, merger.dtype) for name in shards.entries}
     files.require_free_space(out, sum(sizes.values()), "the merged model")
     with files.atomic_folder(out) as aside:
         _write_weights(aside, merger, sizes)
         _write_config(aside, config, dtype)
-        _carry(base, aside)
+        carry(base, aside)
         report = MergeReport(
             base=str(base),
             adapter=str(adapter),
@@ -145,8 +138,9 @@ def merge_model(
 
 
 def _require_new(out: Path, base: Path, adapter: Path) -> None:
-    if out.resolve() in (base.resolve(), adapter.resolve()):
-        raise DiskError(f"{out}: is the base or the adapter; choose another --out")
+    inside = (out.resolve(), *out.resolve().parents)
+    if base.resolve() in inside or adapter.resolve() in inside:
+        raise DiskError(f"{out}: lies in the base's or the adapter's folder; choose another --out")
     if out.exists():
         raise DiskError(f"{out}: already exists; choose another --out, or remove it")
 
@@ -159,6 +153,13 @@ def _resolve_onto(onto: str, record: dict[str, Any], adapter: Path) -> str:
     if onto == "dequantized" and not quantized:
         raise ModelError(f"{adapter}: does not record a 4-bit base; merge with --onto original")
     return onto
+
+
+def _onto_4_bits(onto: str, base: Path) -> str:
+    """Raises: ModelError: the original weights were asked for, and the base is a 4-bit checkpoint."""
+    if onto == "original":
+        raise ModelError(f"{base}: a 4-bit checkpoint has no original weights; give the original model as --model")
+    return "dequantized"
 
 
 def _linear_shapes(shapes: ModelShapes) -> dict[str, tuple[int, int]]:
@@ -208,11 +209,3 @@ def _write_config(folder: Path, config: dict[str, Any], dtype: str) -> None:
     """The base's config with the new dtype and without a trace of quantization."""
     kept = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
     files.write_json(folder / "config.json", kept | {"dtype": dtype})
-
-
-def _carry(base: Path, out: Path) -> None:
-    """Copy tokenizer, template and generation settings, durably."""
-    for pattern in CARRIED:
-        for path in base.glob(pattern):
-            if path.is_file():
-                files.write_bytes(out / path.name, path.read_bytes())

@@ -22,12 +22,12 @@ from qlora_kit import files
 from qlora_kit.adapters.inject import inject, trainable_parameters
 from qlora_kit.adapters.lora import DropoutSeed
 from qlora_kit.adapters.store import save_adapter
-from qlora_kit.base.device import peak_bytes, pick_device, reset_peak, resident_bytes
+from qlora_kit.base.device import peak_bytes, pick_device, reset_peak, resident_bytes, return_freed_memory
 from qlora_kit.base.loader import Base, load_base, resolve_folder
 from qlora_kit.console import note, warn
 from qlora_kit.data.batches import Batches, MicroBatch, eval_batches
 from qlora_kit.data.tokenize import Example, load_examples, load_tokenizer, split_examples
-from qlora_kit.errors import NonFiniteError, RecipeError, Stopped
+from qlora_kit.errors import ModelError, NonFiniteError, RecipeError, Stopped
 from qlora_kit.planning.components import loss_chunk_tokens
 from qlora_kit.profiling.report import write_memory
 from qlora_kit.recipe import Recipe
@@ -98,14 +98,18 @@ def train(recipe: Recipe, *, resume: bool = False, restart: bool = False, plan: 
     """
     output = Path(recipe.output)
     with files.lock(output), stop_on_signal() as stop:
-        _claim(output, resume, restart)
-        files.write_text(output / "recipe.yaml", recipe.to_yaml())
-        files.write_json(output / "plan.json", plan)
+        _require_unclaimed(output, resume or restart)
+        for folder in (output, output / "adapter", output / "best"):
+            files.sweep(folder)
         before_bytes = resident_bytes()
         run = prepare(recipe, stop)
         if resume:
             run.progress = load_checkpoint(output / "checkpoints", run.parameters, run.optimizer, run.identity)
             note(f"resumed after step {run.progress.step} of {run.total_steps}")
+        elif restart:
+            _remove_run(output)
+        files.write_text(output / "recipe.yaml", recipe.to_yaml())
+        files.write_json(output / "plan.json", plan)
         result = _steps(run)
         write_memory(output / "memory.json", plan, run.base.device, before_bytes)
         return result
@@ -114,8 +118,10 @@ def train(recipe: Recipe, *, resume: bool = False, restart: bool = False, plan: 
 def prepare(recipe: Recipe, stop: StopRequest) -> Run:
     """Read the data, load the base, hang the adapter in, build the optimizer: all that comes before the first step."""
     device = pick_device(recipe.train.device)
+    return_freed_memory()
     train_examples, eval_examples = read_data(recipe)
     base = load_base(recipe.model, device)
+    _require_embeddings(base, recipe, [*train_examples, *eval_examples])
     dropout_seed = inject(base, recipe.adapter, recipe.train.seed)
     checkpoint_blocks(base, recipe.memory.gradient_checkpointing)
     parameters = dict(trainable_parameters(base))
@@ -123,7 +129,7 @@ def prepare(recipe: Recipe, stop: StopRequest) -> Run:
     optimizer = build_optimizer(
         settings.optimizer, parameters, device, lr=settings.lr, weight_decay=settings.weight_decay
     )
-    shape = {
+    shape: dict[str, Any] = {
         "micro_batch": settings.micro_batch,
         "seq_len": recipe.data.seq_len,
         "packing": recipe.data.packing,
@@ -160,6 +166,24 @@ def read_data(recipe: Recipe) -> tuple[list[Example], list[Example]]:
     return examples, held_out
 
 
+def _require_embeddings(base: Base, recipe: Recipe, examples: list[Example]) -> None:
+    """Raises: ModelError: a token id or a position that the base has no embedding for."""
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    for example in examples:
+        if max(example.input_ids) >= rows:
+            raise ModelError(
+                f"{base.folder}: the tokenizer gives id {max(example.input_ids)} ({example.source}), the embedding has "
+                f"{rows} rows; tokenizer and model do not belong together"
+            )
+    positions = getattr(base.model.config, "max_position_embeddings", None)
+    if positions is None or recipe.data.seq_len <= positions:
+        return
+    message = f"{base.folder}: was made for {positions} positions, data.seq_len is {recipe.data.seq_len}"
+    if not base.architecture.rotary:
+        raise ModelError(f"{message}; lower it")
+    warn(f"{message}: rotary positions go on, but the base has never seen them")
+
+
 def run_identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[str, str]:
     """What must not change between the parts of one run, by name."""
     digest = hashlib.sha256()
@@ -176,18 +200,23 @@ def run_identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[st
     return kept | {"base": base.fingerprint, "training data (as tokenized)": digest.hexdigest()[:32]}
 
 
-def _claim(output: Path, resume: bool, restart: bool) -> None:
-    """Raises: RecipeError: the folder holds a run and neither was asked for."""
-    present = [name for name in ("checkpoints", "adapter", "best", "metrics.jsonl") if (output / name).exists()]
-    if not present or resume:
-        return
-    if not restart:
+def _present(output: Path) -> list[Path]:
+    """What a run has left in its folder."""
+    names = ("checkpoints", "adapter", "best", "metrics.jsonl", "memory.json")
+    return [output / name for name in names if (output / name).exists()]
+
+
+def _require_unclaimed(output: Path, allowed: bool) -> None:
+    """Raises: RecipeError: the folder holds a run, and neither --resume nor --restart was given."""
+    if _present(output) and not allowed:
         raise RecipeError(
             f"output: {output} already holds a run; continue it with --resume, replace it with --restart, "
             "or choose another folder (--set output=...)"
         )
-    for name in present:
-        path = output / name
+
+
+def _remove_run(output: Path) -> None:
+    for path in _present(output):
         files.remove_folder(path) if path.is_dir() else path.unlink()
 
 

@@ -79,7 +79,7 @@ def test_every_value_of_a_16_bit_type_under_many_maxima(dtype, quant_type):
 
 @DTYPES
 @TYPES
-@pytest.mark.parametrize("size", [0, 1, 2, 63, 64, 65, 127, 1001, PIECE + 1, TILE - 64, TILE, TILE + 65, 2 * TILE + 7])
+@pytest.mark.parametrize("size", [0, 1, 2, 63, 64, 65, 127, 1001, TILE - 64, TILE, TILE + 65, PIECE + TILE + 7])
 def test_any_number_of_weights(size, quant_type, dtype):
     assert_equals_bitsandbytes(random(size).to(dtype), quant_type)
 
@@ -102,6 +102,7 @@ def test_nan_and_infinity_spoil_their_block_only_as_in_bitsandbytes(position, sp
 @pytest.mark.parametrize("inference", [True, False])
 def test_threads_change_no_bit(inference, monkeypatch):
     weight = random(7 * BLOCK * 33 + 3)
+    monkeypatch.setattr(quantize_cpu, "TILE", 10 * BLOCK)
     monkeypatch.setattr(quantize_cpu, "WEIGHTS_PER_THREAD", 1000)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     with torch.inference_mode(inference):

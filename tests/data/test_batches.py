@@ -109,7 +109,7 @@ def test_without_restarting_positions_the_documents_would_see_each_other(name: s
 
 def test_targets_are_shifted_and_positions_restart_for_each_document() -> None:
     examples = random_examples(3, 2, prompt=2)
-    (batch,) = eval_batches(examples, micro_batch=1, seq_len=8, packing=True, pad_id=9)
+    (batch,) = eval_batches(examples, micro_batch=1, seq_len=5, packing=True, pad_id=9)
     first, second = (example.input_ids for example in examples)
     assert batch.input_ids.tolist() == [first + second]
     assert batch.targets.tolist() == [[IGNORE_INDEX, first[2], IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]]
@@ -118,12 +118,17 @@ def test_targets_are_shifted_and_positions_restart_for_each_document() -> None:
 
 
 def test_padding_stands_right_is_not_learned_and_goes_on_counting() -> None:
-    (batch,) = eval_batches(random_examples(4, 2), micro_batch=2, seq_len=99, packing=False, pad_id=7)
-    assert batch.input_ids.shape == (2, 4)  # the longest row, not seq_len
-    assert batch.input_ids[1, 2:].tolist() == [7, 7]
-    assert batch.targets[1, 1:].tolist() == [IGNORE_INDEX] * 3
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3]] * 2
+    (batch,) = eval_batches(random_examples(4, 2), micro_batch=2, seq_len=6, packing=False, pad_id=7)
+    assert batch.input_ids[1, 2:].tolist() == [7] * 4
+    assert batch.targets[1, 1:].tolist() == [IGNORE_INDEX] * 5
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
     assert (batch.tokens, batch.documents) == (6, [[4], [2]])
+
+
+@pytest.mark.parametrize(("longest", "width"), [(20, 32), (33, 64), (90, 96), (97, 99)])
+def test_rows_are_padded_to_few_widths_but_never_beyond_seq_len(longest: int, width: int) -> None:
+    (batch,) = eval_batches(random_examples(longest), micro_batch=1, seq_len=99, packing=False, pad_id=7)
+    assert batch.input_ids.shape == (1, width)
 
 
 def test_counts_agree_with_the_examples() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from qlora_kit.adapters.inject import trainable_parameters
 from qlora_kit.adapters.store import save_adapter
 from qlora_kit.data.tokenize import IGNORE_INDEX
-from qlora_kit.errors import CheckpointError, NonFiniteError, RecipeError
+from qlora_kit.errors import CheckpointError, DataError, ModelError, NonFiniteError, RecipeError
 from qlora_kit.recipe import Recipe
 from qlora_kit.training import loop
 from qlora_kit.training.loop import prepare, train, train_step
@@ -250,3 +251,21 @@ def test_steps_without_finite_loss_are_skipped_and_then_stop_the_run(model, corp
 def test_tensorboard_gets_the_losses(model, corpus, tmp_path):
     train(recipe(model, corpus, tmp_path / "r", train={"trackers": ["tensorboard"], "steps": 2}))
     assert list((tmp_path / "r").rglob("events.out.tfevents*"))
+
+
+def test_sequences_longer_than_learned_positions_are_refused(model, corpus, tmp_path, tiny_model):
+    folder = tmp_path / "gpt2"
+    shutil.copytree(tiny_model("gpt2"), folder)
+    for path in model.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    with pytest.raises(ModelError, match=r"made for 256 positions, data.seq_len is 300; lower it"):
+        prepare(recipe(folder, corpus, tmp_path / "r", data={"seq_len": 300}), StopRequest())
+    prepare(recipe(model, corpus, tmp_path / "r", data={"seq_len": 300}), StopRequest())  # rotary: a warning
+
+
+def test_restart_keeps_the_old_run_until_the_new_one_can_begin(model, corpus, tmp_path):
+    asked = recipe(model, corpus, tmp_path / "r", train={"steps": 1})
+    train(asked)
+    with pytest.raises(DataError):
+        train(recipe(model, tmp_path / "none.jsonl", tmp_path / "r"), restart=True)
+    assert (tmp_path / "r" / "adapter" / "adapter_model.safetensors").is_file()
