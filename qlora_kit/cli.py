@@ -168,8 +168,6 @@ def _recipe_or_model(target: str, overrides: list[str]) -> Recipe:
 
 def _require_built(recipe: Recipe) -> None:
     """Raises: RecipeError: the recipe asks for what only a later version does."""
-    if recipe.memory.placement in ("host", "disk"):
-        _not_built(f"memory.placement={recipe.memory.placement}")
     if recipe.memory.activation_offload:
         _not_built("memory.activation_offload=true")
 
@@ -212,6 +210,7 @@ def train(
         raise BudgetError("\n  ".join([f"{recipe_file}: {verdict(made)}", *made.suggestions]))
     from qlora_kit.training.loop import train as run_training
 
+    recipe = made.placed(recipe)
     result = run_training(recipe, resume=resume, restart=restart, plan=made.to_json())
     from qlora_kit.training.summary import print_summary
 

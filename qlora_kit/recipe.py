@@ -98,6 +98,12 @@ class Data(_Section):
     learn: Literal["completion", "all"] = "completion"
 
 
+def _count(value: Any) -> Any:
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"auto, or a number of blocks from 0, found {value}")
+    return value
+
+
 def _loss_chunk(value: Any) -> Any:
     if value not in ("auto", "full") and not (isinstance(value, int) and value > 0):
         raise ValueError(f"auto, full or a positive number of tokens, found {value!r}")
@@ -115,6 +121,9 @@ class Memory(_Section):
 
     budget: Size = Field("auto", description="of the device; auto: what it has")
     placement: Literal["auto", "device", "host", "disk"] = Field("auto", description="where the 4-bit blocks live")
+    resident_blocks: Annotated[Literal["auto"] | int, AfterValidator(_count)] = Field(
+        "auto", description="with host or disk: blocks that live on the device all the same; auto: as many as fit"
+    )
     gradient_checkpointing: bool = Field(True, description="recompute each block in backward")
     activation_offload: bool = Field(False, description="keep the blocks' inputs in host memory")
     loss_chunk_tokens: Annotated[Literal["auto", "full"] | int, BeforeValidator(_loss_chunk)] = Field(

@@ -48,7 +48,7 @@ MERGE_CHOICES = [
     *[("--dtype", choice) for choice in ("float16", "bfloat16", "float32")],
     *[("--onto", choice) for choice in ("auto", "original", "dequantized")],
 ]
-NOT_BUILT_SWITCHES = ("placement=host", "placement=disk", "activation_offload=true")
+NOT_BUILT_SWITCHES = ("activation_offload=true",)
 NOT_BUILT = {
     "plan --stack peft": ["plan", "llama-2-7b", "--stack", "peft"],
     **{f"memory.{switch}": ["plan", "llama-2-7b", "--set", f"memory.{switch}"] for switch in NOT_BUILT_SWITCHES},
@@ -405,9 +405,11 @@ def test_what_does_not_fit_ends_with_6_before_anything_is_written(qlora: Qlora, 
 
 
 def test_what_would_fit_is_said_with_what_does_not(qlora: Qlora, place: Place) -> None:
-    recipe = ["--set", f"model.path={'llama-2-7b'}", "--set", "train.device=cuda", "--set", "memory.budget=4.5GiB"]
+    recipe = ["--set", "model.path=llama-2-7b", "--set", "train.device=cuda", "--set", "memory.budget=4.5GiB"]
+    recipe += ["--set", "memory.placement=device"]
     ended = qlora("train", place.recipe, *recipe, "--set", "data.seq_len=4096")
     assert ended.code == 6
+    assert "\n  --set memory.placement=auto" in ended.err
     assert "\n  --set data.seq_len=" in ended.err
 
 
@@ -516,7 +518,8 @@ def test_a_runs_folder_holds_what_the_contract_says(story: Story) -> None:
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
     assert all((path / "MANIFEST.json").is_file() for path in (output / "checkpoints").iterdir())
     assert list(json.loads((output / "plan.json").read_text())) == PLAN_KEYS.split()
-    assert load_recipe(output / "recipe.yaml") == load_recipe(story.place.recipe)
+    as_run = ["memory.placement=device"]  # what `auto` came to
+    assert load_recipe(output / "recipe.yaml") == load_recipe(story.place.recipe, as_run)
 
 
 def test_the_metrics_have_the_contracts_keys_one_line_a_step(story: Story) -> None:

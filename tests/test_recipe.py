@@ -63,7 +63,7 @@ train:
 output: runs/smollm2-gsm8k
 """
 USERS_OWN = {"model.path", "data.train", "data.eval", "train.steps", "output"}
-ADDED = {"model.dtype", "train.epochs", "train.trackers"}  # later than the contract
+ADDED = {"memory.resident_blocks", "model.dtype", "train.epochs", "train.trackers"}  # later than the contract
 CHOICES = [
     *[("model.quantization", value) for value in ("nf4", "fp4", "none")],
     *[("adapter.target_modules", value) for value in ("all-linear", "[q_proj, v_proj]", "'.*_proj'")],

@@ -27,6 +27,7 @@ from qlora_kit.base.device import free_bytes
 from qlora_kit.base.linear import FrozenLinear
 from qlora_kit.base.prequantized import FINGERPRINT, PART, PackedWeight, packed_weights
 from qlora_kit.base.shards import Shards, find_shards
+from qlora_kit.base.streaming import BlockStreamer, InFiles, spread, stream_blocks
 from qlora_kit.console import note, progress
 from qlora_kit.errors import ModelError
 from qlora_kit.planning.shapes import model_shapes, read_config
@@ -44,6 +45,7 @@ class Base:
         model: transformers' causal language model; in eval mode for good, no parameter requires a gradient.
         folder: where its files are.
         fingerprint: of the weights on disk, before quantization: hex digest over names, dtypes, shapes and samples.
+        streamer: brings in the blocks that do not live on the device; None: all of them do.
     """
 
     model: Any
@@ -52,6 +54,7 @@ class Base:
     folder: Path
     fingerprint: str
     device: torch.device
+    streamer: BlockStreamer | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,26 +132,50 @@ def base_fingerprint(shards: Shards) -> str:
     return recorded if re.fullmatch("[0-9a-f]{32}", recorded) else fingerprint(shards)
 
 
-def load_base(settings: recipe.Model, device: torch.device | str = "cpu") -> Base:
+@dataclass(frozen=True)
+class Placement:
+    """Where the weights of the blocks live.
+
+    Attributes:
+        tier: `device`, `host` memory, or `disk`: the model's own files, read when a block runs.
+        resident: with the other two, how many blocks live on the device all the same, evenly spread.
+    """
+
+    tier: str = "device"
+    resident: int = 0
+
+    def streamed(self, layers: int) -> set[int]:
+        """The blocks that do not live on the device."""
+        return set() if self.tier == "device" else set(range(layers)) - spread(min(self.resident, layers), layers)
+
+
+def load_base(settings: recipe.Model, device: torch.device | str = "cpu", placement: Placement | None = None) -> Base:
     """Load, quantize and freeze a base model.
 
     Args:
         settings: the recipe's `model` section.
         device: where it is to live.
+        placement: of its blocks. With `disk`, weights stay in the files as they are used: 4-bit ones, or dense ones in
+            the dtype of computation; what the files hold otherwise lives on the device.
     Raises: ModelError: unsupported architecture, or files that are not exactly this model.
     """
+    placement = placement or Placement()
     folder, device = resolve_folder(settings.path, settings.revision), torch.device(device)
     config, source = read_config(str(folder))
-    architecture = model_shapes(config, source).architecture  # absurd sizes end here
+    shapes = model_shapes(config, source)  # absurd sizes end here
+    architecture, streamed = shapes.architecture, placement.streamed(shapes.layers)
     shards = Shards(find_shards(folder))
     packed = packed_weights(shards, architecture, config, source)
     settings = _as_stored(settings, packed, source)
     model = build_on_meta(config, getattr(torch, settings.dtype), source)
     _replace_linears(model, architecture, settings, packed)
     _materialise_buffers(model, device)
-    _fill(model, architecture, shards, packed or {}, device)
+    homes = {f"{architecture.blocks}.{index}": placement.tier for index in streamed}
+    in_files = _fill(model, architecture, shards, packed or {}, device, homes)
     model.eval().requires_grad_(False)
-    return Base(model, architecture, settings, folder, base_fingerprint(shards), device)
+    blocks = {index: model.get_submodule(f"{architecture.blocks}.{index}") for index in sorted(streamed)}
+    streamer = stream_blocks(blocks, shards, in_files, device) if blocks else None
+    return Base(model, architecture, settings, folder, base_fingerprint(shards), device, streamer)
 
 
 def _as_stored(settings: recipe.Model, packed: dict[str, PackedWeight] | None, source: str) -> recipe.Model:
@@ -213,20 +240,63 @@ def _replace_linears(
 
 
 def _fill(
-    model: Any, architecture: Architecture, shards: Shards, packed: dict[str, PackedWeight], device: torch.device
-) -> None:
-    """Give every weight of the model its tensor from the files."""
+    model: Any,
+    architecture: Architecture,
+    shards: Shards,
+    packed: dict[str, PackedWeight],
+    device: torch.device,
+    homes: dict[str, str],
+) -> InFiles:
+    """Give every weight of the model its tensor from the files; returns those of the linears that stay there.
+
+    Args:
+        homes: name of a block -> `host` or `disk`, for blocks whose linears do not live on the device.
+    """
+    in_files: InFiles = {}
     names = _match_names(model, architecture, shards)
     total = sum(shards.entries[stored].size_bytes for stored in names.values())
     with progress("loading the base", total) as advance:
         for target, stored in names.items():
             where = f"{shards.entries[stored].path}: {stored}"
-            if target in packed:
-                _place_packed(model, target, packed[target], shards, device, where)
+            linear = model.get_submodule(target.rpartition(".")[0])
+            tier = homes.get(".".join(target.split(".")[: architecture.blocks.count(".") + 2]), "device")
+            away = tier != "device" and isinstance(linear, FrozenLinear) and target.endswith(".weight")
+            home = torch.device("cpu") if away and tier == "host" else device
+            if (
+                away
+                and tier == "disk"
+                and (names_left := _leave(linear, stored, packed.get(target), shards, device, architecture))
+            ):
+                in_files |= {(linear, name): shards.entry(file_name) for name, file_name in names_left.items()}
+            elif target in packed:
+                _place_packed(model, target, packed[target], shards, home, where)
             else:
-                _place(model, architecture, target, shards.read(stored), device, where)
+                _place(model, architecture, target, shards.read(stored), home, where)
             advance(shards.entries[stored].size_bytes, "")
     model.tie_weights()
+    return in_files
+
+
+def _leave(
+    linear: FrozenLinear,
+    stored: str,
+    packed: PackedWeight | None,
+    shards: Shards,
+    device: torch.device,
+    architecture: Architecture,
+) -> dict[str, str]:
+    """Names in the files of the stored tensors that can stay there until they are used; empty: they cannot."""
+    shape = (linear.out_features, linear.in_features)
+    if packed is None:
+        entry = shards.entry(stored)
+        as_used = linear.quantization == "none" and not architecture.transposed
+        return {"dense": stored} if as_used and (entry.dtype, entry.shape) == (linear.dtype, shape) else {}
+    if packed.shape != shape:
+        return {}  # placing it will say what is wrong
+    names = packed.bulk(shards)
+    small = {name: value.to(device) for name, value in packed.read_small(shards).items()}
+    linear.take({name: getattr(linear, name) for name in names} | small)
+    return names
 
 
 def _match_names(model: Any, architecture: Architecture, shards: Shards) -> dict[str, str]:

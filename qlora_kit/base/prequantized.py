@@ -67,14 +67,34 @@ class PackedWeight:
 
         Raises: ModelError: one is missing, of another shape or dtype, or a table is not bitsandbytes'.
         """
-        stored = {"codes": shards.read(self.file_name), "absmax": shards.read(f"{self.file_name}.absmax")}
+        bulk = {name: shards.read(file_name) for name, file_name in self.bulk(shards).items()}
+        return bulk | self.read_small(shards)
+
+    def bulk(self, shards: Shards) -> dict[str, str]:
+        """Where the stored tensors that grow with the weight lie: `nf4`'s name -> name in the files.
+
+        Raises: ModelError: one is missing, or of another shape or dtype.
+        """
+        names = {"codes": self.file_name, "absmax": f"{self.file_name}.absmax"}
+        if self.double_quant:
+            names["absmax_scale"] = f"{self.file_name}.nested_absmax"
+        shapes = nf4.state_shapes(math.prod(self.shape), self.double_quant, self.block)
+        for name, file_name in names.items():
+            entry = shards.entry(file_name)
+            if (entry.shape, entry.dtype) != shapes[name]:
+                expected = f"{shapes[name][1]} {list(shapes[name][0])}"
+                found = f"{name} is {entry.dtype} {list(entry.shape)}"
+                raise ModelError(f"{self._where(shards)}: {found}, expected {expected}")
+        return names
+
+    def read_small(self, shards: Shards) -> dict[str, Tensor]:
+        """The stored tensors of a few bytes, on the host.
+
+        Raises: ModelError: a table is not bitsandbytes'.
+        """
+        stored = {}
         if self.offset is not None:
-            stored["absmax_scale"] = shards.read(f"{self.file_name}.nested_absmax")
             stored["absmax_offset"] = torch.tensor(self.offset, dtype=torch.float32)
-        for name, (shape, dtype) in nf4.state_shapes(math.prod(self.shape), self.double_quant, self.block).items():
-            if (tuple(stored[name].shape), stored[name].dtype) != (shape, dtype):
-                found = f"{name} is {stored[name].dtype} {list(stored[name].shape)}"
-                raise ModelError(f"{self._where(shards)}: {found}, expected {dtype} {list(shape)}")
         levels = self._table(shards, "quant_map", 16)
         if not torch.allclose(levels, nf4.level_values(self.quant_type), rtol=0, atol=LEVEL_TOLERANCE):
             raise ModelError(f"{self._where(shards)}: quant_map: not the levels of {self.quant_type}")

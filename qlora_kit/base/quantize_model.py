@@ -68,6 +68,11 @@ class _Settings:
         return str(self.dtype).removeprefix("torch.")
 
 
+def is_quantized(folder: Path) -> bool:
+    """Whether a model folder says that it holds quantized weights."""
+    return read_config(str(folder))[0].get("quantization_config") is not None
+
+
 def quantize_model(
     model: Path, out: Path, *, quant_type: str = "nf4", double_quant: bool = True, dtype: str = "bfloat16"
 ) -> QuantizeReport:

@@ -77,16 +77,20 @@ class Shards:
 
         Raises: the class given to `Shards`: no such tensor, or the file ends early.
         """
-        if name not in self.entries:
-            raise self.error(f"{self._folder()}: tensor {name!r} is missing")
-        entry = self.entries[name]
+        entry = self.entry(name)
         buffer = torch.empty(entry.size_bytes, dtype=torch.uint8)
-        self.read_bytes(entry, _bytes_of(buffer))
+        self.read_bytes(entry, bytes_of(buffer))
         return (
             buffer.view(entry.dtype).view(entry.shape)
             if entry.size_bytes
             else torch.empty(entry.shape, dtype=entry.dtype)
         )
+
+    def entry(self, name: str) -> Entry:
+        """Where a tensor lies. Raises: the class given to `Shards`: there is no such tensor."""
+        if name not in self.entries:
+            raise self.error(f"{self._folder()}: tensor {name!r} is missing")
+        return self.entries[name]
 
     def read_bytes(self, entry: Entry, target: memoryview) -> None:
         """Fill `target` with the tensor's bytes, in large sequential reads."""
@@ -155,7 +159,7 @@ class Shards:
         return begin, end, Entry(path, dtype, shape, data_start + begin, end - begin)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a flat uint8 tensor on the host, not copied."""
     array: Any = tensor.numpy()
     return memoryview(array)
@@ -198,7 +202,7 @@ def write_tensors(
             value = produce(name)
             if (value.dtype, tuple(value.shape)) != (dtype, shape):
                 raise ValueError(f"{name}: {value.dtype} {list(value.shape)} produced, {dtype} {list(shape)} promised")
-            file.write(_bytes_of(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)))
+            file.write(bytes_of(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)))
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -35,6 +35,8 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 QUANT_BLOCK = 64  # weights that share one absmax (Dettmers et al. 2023, section 3)
 CONSTANT_BLOCK = 256  # absmax values that share one fp32 scale under double quantization (same section)
 AUTO_LOSS_CHUNK_TOKENS = 512
+SLOTS = 2  # buffers of `base.streaming`: one block computes, the next arrives
+SLOT_ALIGNMENT = 256
 FP32 = 4
 
 Ledger = dict[str, int]
@@ -64,6 +66,29 @@ def _quantized(recipe: Recipe) -> bool:
 # ------------------------------------------------------------------------------------- static, exact to the byte
 
 
+def resident_blocks(shapes: ModelShapes, recipe: Recipe) -> int:
+    """Blocks whose linears live on the device; `resident_blocks: auto` counts as none here: the planner decides it."""
+    if recipe.memory.placement in ("auto", "device"):
+        return shapes.layers
+    wanted = recipe.memory.resident_blocks
+    return 0 if wanted == "auto" else min(wanted, shapes.layers)
+
+
+def block_weights(shapes: ModelShapes, recipe: Recipe) -> int:
+    """Bytes of one block's linears as they are stored, what travels when a block is brought in."""
+    if not _quantized(recipe):
+        return shapes.block_linear_parameters * _dtype_bytes(recipe)
+    offset = FP32 if recipe.model.double_quant else 0
+    return sum(-(-item.weights // 2) + _constants(item, recipe.model.double_quant) - offset for item in shapes.linears)
+
+
+def slots(shapes: ModelShapes, recipe: Recipe) -> int:
+    """Device buffers that blocks which live elsewhere are brought into, and the alignment of their tensors."""
+    away = shapes.layers - resident_blocks(shapes, recipe)
+    aligned = block_weights(shapes, recipe) + SLOT_ALIGNMENT * 3 * len(shapes.linears)
+    return min(away, SLOTS) * aligned
+
+
 def base_nf4(shapes: ModelShapes, recipe: Recipe) -> int:
     """Packed 4-bit codes of the linears of all blocks: two weights a byte, the last one alone if they are odd.
 
@@ -71,7 +96,7 @@ def base_nf4(shapes: ModelShapes, recipe: Recipe) -> int:
     """
     if not _quantized(recipe):
         return 0
-    return shapes.layers * sum(-(-linear.weights // 2) for linear in shapes.linears)
+    return resident_blocks(shapes, recipe) * sum(-(-linear.weights // 2) for linear in shapes.linears)
 
 
 def _constants(linear: LinearShape, double_quant: bool) -> int:
@@ -90,12 +115,17 @@ def quant_constants(shapes: ModelShapes, recipe: Recipe) -> int:
     """
     if not _quantized(recipe):
         return 0
-    return shapes.layers * sum(_constants(linear, recipe.model.double_quant) for linear in shapes.linears)
+    constants = sum(_constants(linear, recipe.model.double_quant) for linear in shapes.linears)
+    offsets = FP32 * len(shapes.linears) if recipe.model.double_quant else 0  # these stay when a block is away
+    resident = resident_blocks(shapes, recipe)
+    return resident * constants + (shapes.layers - resident) * offsets
 
 
 def base_unquantized(shapes: ModelShapes, recipe: Recipe) -> int:
     """Embedding, head (once if tied), norms and biases in `model.dtype`; the linears too when nothing is quantized."""
-    parameters = shapes.other_parameters if _quantized(recipe) else shapes.total_parameters
+    parameters = shapes.other_parameters
+    if not _quantized(recipe):
+        parameters += resident_blocks(shapes, recipe) * shapes.block_linear_parameters
     return parameters * _dtype_bytes(recipe)
 
 
@@ -276,10 +306,8 @@ def logits(shapes: ModelShapes, recipe: Recipe, with_gradient: bool = True) -> i
 
 
 def workspace(shapes: ModelShapes, recipe: Recipe) -> int:
-    """The largest linear of a block, dequantized to `model.dtype`, one at a time; zero when nothing is quantized."""
-    if not _quantized(recipe):
-        return 0
-    return largest_linear(shapes) * _dtype_bytes(recipe)
+    """The largest linear of a block, dequantized to `model.dtype`, one at a time; nothing when none is quantized."""
+    return largest_linear(shapes) * _dtype_bytes(recipe) if _quantized(recipe) else 0
 
 
 def largest_linear(shapes: ModelShapes) -> int:
@@ -300,7 +328,7 @@ def static_ledger(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) -> Le
     """What lies on the device all through training; the moving components are zero."""
     formulas = (base_nf4, quant_constants, base_unquantized, adapter, gradients, optimizer)
     ledger = dict.fromkeys(COMPONENTS, 0) | {formula.__name__: formula(shapes, recipe) for formula in formulas}
-    return ledger | {"runtime": runtime_bytes}
+    return ledger | {"runtime": runtime_bytes, "workspace": slots(shapes, recipe)}
 
 
 def training_moments(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) -> dict[str, Ledger]:
@@ -316,7 +344,8 @@ def training_moments(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) ->
     in_block = recomputed + block_transient(shapes, recipe)
     return {
         "loss": static | {"activations": kept + around_head, "logits": logits(shapes, recipe)},
-        "block backward": static | {"activations": kept + in_block, "workspace": workspace(shapes, recipe)},
+        "block backward": static
+        | {"activations": kept + in_block, "workspace": static["workspace"] + workspace(shapes, recipe)},
     }
 
 
@@ -333,7 +362,8 @@ def evaluation_moments(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) 
     forward = tokens(recipe) * in_block * dtype_bytes + mask + _score_bytes(shapes, recipe)
     return {
         "loss": static | {"activations": hidden + mask, "logits": logits(shapes, recipe, with_gradient=False)},
-        "block forward": static | {"activations": forward, "workspace": workspace(shapes, recipe)},
+        "block forward": static
+        | {"activations": forward, "workspace": static["workspace"] + workspace(shapes, recipe)},
     }
 
 

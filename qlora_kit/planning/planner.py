@@ -15,13 +15,14 @@ from typing import Any
 from qlora_kit.optimizers import OPTIMIZERS
 from qlora_kit.planning import components as ledger
 from qlora_kit.planning.components import DTYPE_BYTES, Ledger
-from qlora_kit.planning.hardware import Device, device_for
+from qlora_kit.planning.hardware import Device, device_for, host_memory_bytes
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
 from qlora_kit.recipe import Recipe
 from qlora_kit.units import format_bytes
 
 SMALLEST_SUGGESTED_SEQ_LEN = 256
 SMALLEST_SUGGESTED_RANK = 8
+HOST_SHARE = 0.8  # of the host's memory that streamed blocks may take
 MERGED_DTYPE_BYTES = 2  # merge writes float16 unless told otherwise
 Change = dict[str, Any]  # dotted recipe key -> value
 
@@ -92,6 +93,11 @@ class Plan:
         """Share of the adapter in all parameters, in percent."""
         return 100 * self.trainable_parameters / self.total_parameters
 
+    def placed(self, recipe: Recipe) -> Recipe:
+        """The recipe with its blocks where this plan has put them."""
+        decided = {key: self.settings["memory"][key] for key in ("placement", "resident_blocks")}
+        return recipe.model_copy(update={"memory": recipe.memory.model_copy(update=decided)})
+
     def to_json(self) -> dict[str, Any]:
         """The object that `plan --json` prints and a run keeps as plan.json; schema 1 of the contract."""
         return {
@@ -129,10 +135,50 @@ def make_plan(recipe: Recipe, *, budget_bytes: int | None = None, gpu: str | Non
 
 def plan_shapes(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
     """Plan a recipe for known shapes and device; suggestions included when it does not fit."""
-    plan = _plan_once(shapes, recipe, device)
+    plan = _plan_placed(shapes, recipe, device)
     if plan.fits:
         return plan
     return replace(plan, suggestions=tuple(_suggestions(shapes, recipe, device)))
+
+
+def _plan_placed(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
+    return _plan_once(shapes, place_blocks(shapes, recipe, device), device)
+
+
+def place_blocks(shapes: ModelShapes, recipe: Recipe, device: Device) -> Recipe:
+    """The recipe with `memory.placement` and `memory.resident_blocks` decided: as much on the device as fits.
+
+    `auto` puts all blocks on the device; where they do not fit, the others into host memory, or else on disk. On a CPU
+    host memory is the device, so there the disk is the only other place. If nothing fits, all stay on the device: the
+    suggestions then say what else would help.
+    """
+    wanted = recipe.memory.placement
+    if wanted == "device":
+        return recipe
+    if wanted == "auto" and _plan_once(shapes, recipe, device).fits:
+        return changed(recipe, {"memory.placement": "device"})
+    on_host = (
+        device.kind != "cpu" and shapes.layers * ledger.block_weights(shapes, recipe) < HOST_SHARE * host_memory_bytes()
+    )
+    tier = wanted if wanted != "auto" else "host" if on_host else "disk"
+    placed = changed(recipe, {"memory.placement": tier})
+    if tier == "host" and device.kind == "cpu":  # the same memory
+        return placed if recipe.memory.resident_blocks != "auto" else changed(recipe, {"memory.placement": "device"})
+    if recipe.memory.resident_blocks == "auto":
+        placed = changed(placed, {"memory.resident_blocks": _most_resident(shapes, placed, device)})
+    if wanted == "auto" and not _plan_once(shapes, placed, device).fits:
+        return changed(recipe, {"memory.placement": "device"})
+    return placed
+
+
+def _most_resident(shapes: ModelShapes, recipe: Recipe, device: Device) -> int:
+    """Most resident blocks with which the run fits, at least one streamed; 0 if none does."""
+    few, many = 0, shapes.layers - 1
+    while few < many:
+        middle = -(-(few + many) // 2)
+        fits = _plan_once(shapes, changed(recipe, {"memory.resident_blocks": middle}), device).fits
+        few, many = (middle, many) if fits else (few, middle - 1)
+    return few
 
 
 def _plan_once(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
@@ -145,8 +191,8 @@ def _plan_once(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
         phases=_phases(shapes, recipe, device, ledger.total(moments[peak_moment])),
         trainable_parameters=ledger.trainable_parameters(shapes, recipe),
         base_parameters=shapes.total_parameters,
-        resident_blocks=shapes.layers,
-        streamed_blocks=0,
+        resident_blocks=(resident := ledger.resident_blocks(shapes, recipe)),
+        streamed_blocks=shapes.layers - resident,
         settings=_settings(recipe, device),
     )
 
@@ -156,7 +202,8 @@ def _phases(shapes: ModelShapes, recipe: Recipe, device: Device, training_bytes:
 
     load: the base as it will lie, and one tensor on its way: the largest linear on the device before it is quantized,
         the largest tensor on the host as read. Adapter and optimizer come later.
-    train: the highest moment of a step; block inputs on the host with activation offload.
+    train: the highest moment of a step; block inputs on the host with activation offload, and there too the blocks of
+        placement `host`, or two pinned buffers for those of `disk`.
     eval: as training without gradients, between two steps, so the optimizer's state is there.
     save: the static part; adapter and optimizer state pass through host memory; disk holds the kept checkpoints, one
         more while it is written, and the adapter on its own.
@@ -166,14 +213,18 @@ def _phases(shapes: ModelShapes, recipe: Recipe, device: Device, training_bytes:
     static = ledger.static_ledger(shapes, recipe, device.runtime_bytes)
     base = sum(static[name] for name in ("base_nf4", "quant_constants", "base_unquantized", "runtime"))
     largest, largest_linear = ledger.largest_tensor(shapes), ledger.largest_linear(shapes)
+    away = (shapes.layers - ledger.resident_blocks(shapes, recipe)) * ledger.block_weights(shapes, recipe)
+    streamed_bytes = away if recipe.memory.placement == "host" else 0
+    if recipe.memory.placement == "disk" and device.kind != "cpu":
+        streamed_bytes = ledger.slots(shapes, recipe)  # pinned, on the way from file to device
     evaluation = ledger.evaluation_moments(shapes, recipe, device.runtime_bytes)
     state = static["adapter"] + static["optimizer"]
     kept = (recipe.train.keep_checkpoints + 1) * state + static["adapter"]
     merging = max(largest_linear * 2 * (ledger.FP32 + MERGED_DTYPE_BYTES), largest * 2 * MERGED_DTYPE_BYTES)
     return {
         "load": Phase(base + ledger.workspace(shapes, recipe), largest * DTYPE_BYTES[recipe.model.dtype], 0),
-        "train": Phase(training_bytes, ledger.offloaded_activations(shapes, recipe), 0),
-        "eval": Phase(max(map(ledger.total, evaluation.values())), 0, 0),
+        "train": Phase(training_bytes, streamed_bytes + ledger.offloaded_activations(shapes, recipe), 0),
+        "eval": Phase(max(map(ledger.total, evaluation.values())), streamed_bytes, 0),
         "save": Phase(ledger.total(static), state, kept),
         "merge": Phase(0, merging, shapes.total_parameters * MERGED_DTYPE_BYTES),
     }
@@ -185,7 +236,7 @@ def _settings(recipe: Recipe, device: Device) -> dict[str, Any]:
     decided: Change = {
         "train.device": device.kind,
         "memory.budget": device.memory_bytes,
-        "memory.placement": "device",
+        "memory.placement": "device" if recipe.memory.placement == "auto" else recipe.memory.placement,
         "memory.loss_chunk_tokens": ledger.loss_chunk_tokens(recipe),
     }
     if unpaged is not None and device.kind != "cuda":
@@ -208,6 +259,8 @@ def changed(recipe: Recipe, change: Change) -> Recipe:
 def _changes(recipe: Recipe) -> Iterator[Change]:
     """Single changes that save memory, the one that costs least first: nothing, then time, then what is learned."""
     memory, train = recipe.memory, recipe.train
+    if memory.placement == "device":
+        yield {"memory.placement": "auto"}
     if memory.loss_chunk_tokens != "auto":
         yield {"memory.loss_chunk_tokens": "auto"}
     if train.micro_batch > 1:
@@ -251,15 +304,15 @@ def _suggestions(shapes: ModelShapes, recipe: Recipe, device: Device) -> Iterato
     alone: set[str] = set()
     for change in _changes(recipe):
         key = next(iter(change))
-        plan = _plan_once(shapes, changed(recipe, change), device)
+        plan = _plan_placed(shapes, changed(recipe, change), device)
         if key not in alone and plan.fits:
             alone.add(key)
             yield _line(change, plan)
     if alone:
         return
-    smallest = _plan_once(shapes, recipe, device)
+    smallest = _plan_placed(shapes, recipe, device)
     for change in _changes(recipe):
-        plan = _plan_once(shapes, changed(recipe, together | change), device)
+        plan = _plan_placed(shapes, changed(recipe, together | change), device)
         if plan.peak_bytes < smallest.peak_bytes:
             together, smallest = together | change, plan
         if smallest.fits:

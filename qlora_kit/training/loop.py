@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from qlora_kit.adapters.inject import inject, trainable_parameters
 from qlora_kit.adapters.lora import DropoutSeed
 from qlora_kit.adapters.store import save_adapter
 from qlora_kit.base.device import peak_bytes, pick_device, reset_peak, resident_bytes, return_freed_memory
-from qlora_kit.base.loader import Base, load_base, resolve_folder
+from qlora_kit.base.loader import Base, Placement, base_fingerprint, load_base, resolve_folder
+from qlora_kit.base.quantize_model import is_quantized, quantize_model
+from qlora_kit.base.shards import Shards, find_shards
 from qlora_kit.console import note, warn
 from qlora_kit.data.batches import Batches, MicroBatch, eval_batches
 from qlora_kit.data.tokenize import Example, load_examples, load_tokenizer, split_examples
@@ -31,7 +33,7 @@ from qlora_kit.errors import ModelError, NonFiniteError, RecipeError, Stopped
 from qlora_kit.planning.components import loss_chunk_tokens
 from qlora_kit.profiling.report import write_memory
 from qlora_kit.recipe import Recipe
-from qlora_kit.training.blocks import checkpoint_blocks
+from qlora_kit.training.blocks import attach
 from qlora_kit.training.checkpoint import Progress, load_checkpoint, rotate, save_checkpoint
 from qlora_kit.training.evaluate import Evaluation, evaluate
 from qlora_kit.training.loss import batch_loss
@@ -44,8 +46,8 @@ NON_FINITE_LIMIT = 5  # steps in a row that may be skipped
 # Keys that change where a run lives or how often it speaks, but not one bit of its result.
 FREE_KEYS = frozenset(
     "model.path model.revision data.train data.eval memory.budget memory.placement memory.activation_offload "
-    "memory.gradient_checkpointing train.eval_every train.save_every train.keep_checkpoints train.trackers "
-    "train.device output".split()
+    "memory.gradient_checkpointing memory.resident_blocks train.eval_every train.save_every train.keep_checkpoints "
+    "train.trackers train.device output".split()
 )
 
 
@@ -120,10 +122,10 @@ def prepare(recipe: Recipe, stop: StopRequest) -> Run:
     device = pick_device(recipe.train.device)
     return_freed_memory()
     train_examples, eval_examples = read_data(recipe)
-    base = load_base(recipe.model, device)
+    base = _place_base(recipe, device)
     _require_embeddings(base, recipe, [*train_examples, *eval_examples])
     dropout_seed = inject(base, recipe.adapter, recipe.train.seed)
-    checkpoint_blocks(base, recipe.memory.gradient_checkpointing)
+    attach(base, recipe.memory.gradient_checkpointing)
     parameters = dict(trainable_parameters(base))
     settings = recipe.train
     optimizer = build_optimizer(
@@ -150,6 +152,33 @@ def prepare(recipe: Recipe, stop: StopRequest) -> Run:
         progress=Progress(),
         stop=stop,
     )
+
+
+def _place_base(recipe: Recipe, device: torch.device) -> Base:
+    """The base, its blocks where `memory.placement` says.
+
+    Blocks on disk are read from a 4-bit checkpoint. If the model is not one, it is made below `output` once, and kept.
+    """
+    memory, settings = recipe.memory, recipe.model
+    resident = 0 if memory.resident_blocks == "auto" else memory.resident_blocks
+    placement = Placement(memory.placement if memory.placement != "auto" else "device", resident)
+    folder = resolve_folder(settings.path, settings.revision)
+    if placement.tier != "disk" or settings.quantization == "none" or is_quantized(folder):
+        return load_base(settings, device, placement)
+    checkpoint = Path(recipe.output) / f"base-{settings.quantization}"
+    if not checkpoint.exists():
+        note(f"{checkpoint}: quantizing the base once, for its blocks to be read from disk")
+        quantize_model(
+            folder,
+            checkpoint,
+            quant_type=settings.quantization,
+            double_quant=settings.double_quant,
+            dtype=settings.dtype,
+        )
+    loaded = load_base(settings.model_copy(update={"path": str(checkpoint)}), device, placement)
+    if loaded.fingerprint != base_fingerprint(Shards(find_shards(folder))):
+        raise ModelError(f"{checkpoint}: made from another model than {folder}; remove it, and it is made again")
+    return replace(loaded, settings=settings, folder=folder)
 
 
 def read_data(recipe: Recipe) -> tuple[list[Example], list[Example]]:

@@ -18,7 +18,7 @@ from qlora_kit.base.loader import load_base
 from qlora_kit.planning import components as ledger
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
 from qlora_kit.recipe import Recipe, recipe_for_model
-from qlora_kit.training.blocks import checkpoint_blocks
+from qlora_kit.training.blocks import attach
 from qlora_kit.training.loss import batch_loss, chunked_cross_entropy
 
 SMALL = {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 8}
@@ -252,7 +252,7 @@ def test_forward_and_backward_of_llama_take_what_is_planned_within_5_percent(
     recipe = recipe_for_model(str(folder), settings)
     base = load_base(recipe.model)
     inject(base, recipe.adapter, seed=0)
-    checkpoint_blocks(base, checkpointing)
+    attach(base, checkpointing)
     ids, positions = torch.ones(1, 512, dtype=torch.long), torch.arange(512)[None]
     batch = SimpleNamespace(input_ids=ids, position_ids=positions, targets=ids)
     measured = peak_bytes_of(lambda: batch_loss(base, batch, 512).backward())

@@ -119,11 +119,12 @@ def test_a_smaller_micro_batch_keeps_the_tokens_of_a_step() -> None:
 
 
 def test_an_unquantized_base_that_does_not_fit_is_told_of_nf4() -> None:
-    assert "--set model.quantization=nf4" in plan("llama-2-7b", "model.quantization=none", gib=8).suggestions[0]
+    recipe = ("model.quantization=none", "memory.placement=device")
+    assert any("--set model.quantization=nf4" in line for line in plan("llama-2-7b", *recipe, gib=8).suggestions)
 
 
 def test_what_cannot_fit_says_what_the_least_would_be() -> None:
-    (line,) = plan("llama-3.1-405b", gib=24).suggestions
+    (line,) = plan("llama-3.1-405b", gib=2).suggestions
     assert "no change of these settings makes it fit: the least is" in line
 
 
@@ -166,3 +167,37 @@ def test_a_plan_imports_nothing_heavy() -> None:
     child = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
     assert child.stdout.startswith("fits: ")
+
+
+# ------------------------------------------------------------------------------------------- placement
+
+
+def test_what_fits_on_the_device_stays_there() -> None:
+    assert (plan("llama-2-7b", gib=23.5).resident_blocks, plan("llama-2-7b", gib=23.5).streamed_blocks) == (32, 0)
+
+
+@pytest.mark.parametrize(("model", "gib"), [("llama-3.1-70b", 22.5), ("llama-2-7b", 3), ("qwen2.5-32b", 12)])
+def test_auto_keeps_as_many_blocks_on_the_device_as_fit_and_streams_the_rest(model: str, gib: float) -> None:
+    made = plan(model, gib=gib)
+    assert made.fits
+    assert made.streamed_blocks > 0
+    assert not plan(model, f"memory.resident_blocks={made.resident_blocks + 1}", "memory.placement=disk", gib=gib).fits
+
+
+def test_blocks_on_the_host_are_counted_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_kit.planning.planner.host_memory_bytes", lambda: 64 * GIB)
+    made = plan("llama-3.1-70b", gib=22.5)
+    assert made.settings["memory"]["placement"] == "host"
+    per_block = 33 * GIB / 80
+    assert made.phases["train"].host_bytes == pytest.approx(made.streamed_blocks * per_block, rel=0.02)
+
+
+def test_without_enough_host_memory_blocks_stay_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_kit.planning.planner.host_memory_bytes", lambda: 16 * GIB)
+    assert plan("llama-3.1-70b", gib=22.5).settings["memory"]["placement"] == "disk"
+
+
+def test_streaming_everything_leaves_what_the_device_must_hold() -> None:
+    made = plan("llama-3.1-70b", "memory.placement=disk", "memory.resident_blocks=0", gib=22.5)
+    assert made.components["base_nf4"] == 0
+    assert made.peak_bytes < 9.5 * GIB

@@ -47,7 +47,7 @@ def test_a_plan_that_does_not_fit_prints_the_lines_to_paste_unbroken() -> None:
 
 
 def test_bars_of_a_plan_that_does_not_fit_show_how_far_it_is() -> None:
-    made = make_plan(recipe_for_model("llama-3.1-70b"), gpu="rtx-4090")
+    made = make_plan(recipe_for_model("llama-3.1-70b", ["memory.placement=device"]), gpu="rtx-4090")
     lines = {line.split()[0]: line for line in printed(made).splitlines() if line.split()}
     assert lines["total"].count("█") == BAR_CELLS > lines["limit"].count("█") > 0
 

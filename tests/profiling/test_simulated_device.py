@@ -24,7 +24,7 @@ from qlora_kit.base.linear import FrozenLinear
 from qlora_kit.base.loader import Base, load_base
 from qlora_kit.profiling.simulated_device import DeviceRaceError, owner, simulated_device
 from qlora_kit.recipe import Adapter, Model
-from qlora_kit.training.blocks import checkpoint_blocks
+from qlora_kit.training.blocks import attach
 from qlora_kit.training.loss import batch_loss
 
 TORCH = (torch.Stream, torch.Event, torch.Generator, torch.empty, torch.accelerator.current_stream)
@@ -51,7 +51,7 @@ def adapted(folder, device, quantization="nf4"):
             parameter.data.copy_(values.mul_(0.1))
     for linear in base.linears().values():
         linear.branches.train()
-    checkpoint_blocks(base, True)
+    attach(base, True)
     return base
 
 
@@ -616,7 +616,7 @@ def llama_70b(blocks: int) -> Base:
     settings = Model(path="nowhere")
     base = Base(model, ARCHITECTURES["llama"], settings, Path("nowhere"), "none", torch.device("simgpu"))
     inject(base, Adapter(dtype="bfloat16"), seed=0)
-    checkpoint_blocks(base, True)
+    attach(base, True)
     return base
 
 

@@ -9,7 +9,7 @@ from qlora_kit.adapters.inject import branches, inject, trainable_parameters
 from qlora_kit.architectures import ARCHITECTURES
 from qlora_kit.base.loader import load_base
 from qlora_kit.recipe import Adapter, Model
-from qlora_kit.training.blocks import checkpoint_blocks
+from qlora_kit.training.blocks import attach
 
 
 def gradients(folder, ids, enabled: bool, dropout: float = 0.0) -> list[torch.Tensor]:
@@ -19,7 +19,7 @@ def gradients(folder, ids, enabled: bool, dropout: float = 0.0) -> list[torch.Te
     for branch in branches(base).values():
         branch.lora_B.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(branch.index))
         branch.train()
-    checkpoint_blocks(base, enabled)
+    attach(base, enabled)
     base.model(input_ids=ids, use_cache=False).logits.float().square().mean().backward()
     return [parameter.grad for _, parameter in trainable_parameters(base)]
 
@@ -40,7 +40,7 @@ def test_recomputation_draws_the_same_dropout(tiny_model, ids):
 def test_only_the_input_of_a_block_is_kept(tiny_model, ids):
     base = load_base(Model(path=str(tiny_model("llama"))))
     inject(base, Adapter(), seed=0)
-    checkpoint_blocks(base, True)
+    attach(base, True)
     kept: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

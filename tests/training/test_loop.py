@@ -64,7 +64,7 @@ def recipe(folder: Path, corpus: Path, output: Path, **changes: dict) -> Recipe:
         "output": str(output),
     }
     for section, part in changes.items():
-        values[section] = {**values[section], **part}
+        values[section] = {**values.get(section, {}), **part}
     return Recipe.model_validate(values)
 
 
@@ -269,3 +269,22 @@ def test_restart_keeps_the_old_run_until_the_new_one_can_begin(model, corpus, tm
     with pytest.raises(DataError):
         train(recipe(model, tmp_path / "none.jsonl", tmp_path / "r"), restart=True)
     assert (tmp_path / "r" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_where_the_blocks_live_does_not_change_one_bit(tier, model, corpus, tmp_path):
+    keys = {"model": {"quantization": "nf4"}, "adapter": {"dropout": 0.1}, "data": {"eval": 0.2}}
+    train(recipe(model, corpus, tmp_path / "device", **keys))
+    train(recipe(model, corpus, tmp_path / "away", memory={"placement": tier, "resident_blocks": 0}, **keys))
+    assert losses(tmp_path / "away") == losses(tmp_path / "device")
+    assert_same_adapter(tmp_path / "away", tmp_path / "device")
+
+
+def test_a_base_kept_for_streaming_is_not_taken_for_another_model(model, corpus, tmp_path, tiny_model):
+    asked = recipe(model, corpus, tmp_path / "r", model={"quantization": "nf4"}, memory={"placement": "disk"})
+    prepare(asked, StopRequest())
+    other = shutil.copytree(model, tmp_path / "other")
+    shutil.copy(tiny_model("llama", initializer_range=0.05) / "model.safetensors", other)
+    changed = asked.model_copy(update={"model": asked.model.model_copy(update={"path": str(other)})})
+    with pytest.raises(ModelError, match="made from another model"):
+        prepare(changed, StopRequest())
