@@ -16,7 +16,7 @@ quickstart: .venv/quickstart.done
 
 ## make test         set up, then lint, check types and run the tests
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 ## make test-slow    the proofs that take minutes
 test-slow: .venv/dev.done

@@ -10,17 +10,22 @@ import json
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from qlora_kit import __version__
+from qlora_kit.commands import (
+    check_data,
+    load_model,
+    model_folder,
+    not_built,
+    plan_recipe,
+    prove_merged,
+    recipe_or_model,
+    section,
+)
 from qlora_kit.errors import DiskError, QLoRAKitError, RecipeError, nearest
-
-if TYPE_CHECKING:
-    from qlora_kit.base.loader import Base
-    from qlora_kit.planning.planner import Plan
-    from qlora_kit.recipe import Recipe
 
 app = typer.Typer(
     name="qlora-kit",
@@ -97,10 +102,6 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, allow_nan=False))
 
 
-def _not_built(command: str) -> NoReturn:
-    raise RecipeError(f"{command} is not built yet in version {__version__}; nothing was done")
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"qlora-kit {__version__}")
@@ -145,8 +146,8 @@ def plan(
     if stack not in STACKS:
         raise RecipeError(f"--stack: one of {', '.join(STACKS)}, found {stack!r}{nearest(stack, list(STACKS))}")
     if stack != "kit":
-        _not_built(f"plan --stack {stack}")
-    made = _make_plan(_recipe_or_model(target, overrides or []), budget, gpu)
+        not_built(f"plan --stack {stack}")
+    made = plan_recipe(recipe_or_model(target, overrides or []), budget, gpu)
     if as_json:
         _print_json(made.to_json())
     else:
@@ -156,32 +157,6 @@ def plan(
         print_plan(made, stdout)
     if not made.fits:
         raise typer.Exit(BudgetError.exit_code)
-
-
-def _recipe_or_model(target: str, overrides: list[str]) -> Recipe:
-    from qlora_kit.recipe import load_recipe, recipe_for_model
-
-    if target.endswith((".yaml", ".yml")):
-        return load_recipe(Path(target), overrides)
-    return recipe_for_model(target, overrides)
-
-
-def _require_built(recipe: Recipe) -> None:
-    """Raises: RecipeError: the recipe asks for what only a later version does."""
-    if recipe.memory.activation_offload:
-        _not_built("memory.activation_offload=true")
-
-
-def _make_plan(recipe: Recipe, budget: str | None = None, gpu: str | None = None) -> Plan:
-    from qlora_kit.planning.planner import make_plan
-    from qlora_kit.units import parse_bytes
-
-    _require_built(recipe)
-    try:
-        budget_bytes = None if budget is None else parse_bytes(budget)
-    except ValueError as error:
-        raise RecipeError(f"--budget: {error}") from None
-    return make_plan(recipe, budget_bytes=budget_bytes, gpu=gpu)
 
 
 @app.command()
@@ -203,7 +178,7 @@ def train(
     from qlora_kit.recipe import load_recipe
 
     recipe = load_recipe(recipe_file, overrides or [])
-    made = _make_plan(recipe)
+    made = plan_recipe(recipe)
     if not made.fits:
         from qlora_kit.planning.report import verdict
 
@@ -225,60 +200,10 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Run worst-shape steps and report measured bytes per component. Not built yet."""
-    _not_built("profile")
+    not_built("profile")
 
 
 # ------------------------------------------------------------------------------------------------ using a model
-
-
-def _model_folder(model: str) -> Path:
-    """The model's local folder, its config.json checked first: a tokenizer would blame itself for what is wrong in it.
-
-    Raises: ModelError: no such model, unsupported, or a field of its config is absent or absurd.
-    """
-    from qlora_kit.base.loader import resolve_folder
-    from qlora_kit.planning.shapes import model_shapes, read_config
-
-    folder = resolve_folder(model)
-    model_shapes(*read_config(str(folder)))
-    return folder
-
-
-def _load(model: str, adapters: list[str], quantization: str, any_base: bool) -> Base:
-    """The base in its own dtype, with every adapter of the list active."""
-    from pydantic import ValidationError
-
-    from qlora_kit.adapters.inject import activate
-    from qlora_kit.adapters.store import PROVENANCE, load_adapter, provenance
-    from qlora_kit.base.device import pick_device
-    from qlora_kit.base.loader import load_base
-    from qlora_kit.errors import ModelError
-    from qlora_kit.planning.shapes import read_config
-    from qlora_kit.recipe import Model
-
-    if quantization not in ("auto", "nf4", "fp4", "none"):
-        raise RecipeError(f"--quantization: auto, nf4, fp4 or none, found {quantization!r}")
-    folder = _model_folder(model)
-    record = provenance(Path(adapters[0])) if adapters else {}
-    config, source = read_config(str(folder))
-    stored_dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    try:
-        settings = Model(
-            path=str(folder),
-            quantization=record.get("quantization", "none") if quantization == "auto" else quantization,  # type: ignore[arg-type]
-            double_quant=record.get("double_quant", True),
-            dtype=record.get("dtype", stored_dtype),
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = Path(adapters[0]) / PROVENANCE if first["loc"][0] in record else Path(source)
-        raise ModelError(f"{where}: {first['loc'][0]}: {first['msg'].lower()}, found {first['input']!r}") from None
-    base = load_base(settings, pick_device())
-    names = [f"adapter-{index}" for index in range(len(adapters))]
-    for name, adapter in zip(names, adapters):
-        load_adapter(base, Path(adapter), name, any_base=any_base)
-    activate(base, names)
-    return base
 
 
 @app.command(name="eval")
@@ -303,27 +228,15 @@ def evaluate_command(
     from qlora_kit.recipe import Data
     from qlora_kit.training.evaluate import evaluate
 
-    settings = _section(Data, train=str(data), format=format, learn=learn, seq_len=seq_len)
-    examples, _ = load_examples(data, settings, load_tokenizer(_model_folder(model)))
+    settings = section(Data, train=str(data), format=format, learn=learn, seq_len=seq_len)
+    examples, _ = load_examples(data, settings, load_tokenizer(model_folder(model)))
     batches = eval_batches(examples, micro_batch=1, seq_len=seq_len, packing=True, pad_id=0)
-    base = _load(model, [adapter] if adapter else [], quantization, any_base)
+    base = load_model(model, [adapter] if adapter else [], quantization, any_base)
     evaluation = evaluate(base, batches, AUTO_LOSS_CHUNK_TOKENS)
     if as_json:
         _print_json(evaluation.to_json())
     else:
         print(f"loss {evaluation.loss:.4f}  perplexity {evaluation.perplexity:.3f}  tokens {evaluation.tokens:,}")
-
-
-def _section(kind: Any, **values: Any) -> Any:
-    """A section of the recipe from command-line options. Raises: RecipeError: names the option."""
-    from pydantic import ValidationError
-
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = str(first["loc"][0]).replace("_", "-")
-        raise RecipeError(f"--{option}: {first['msg'].lower()}, found {first['input']!r}") from None
 
 
 @app.command()
@@ -346,8 +259,8 @@ def generate(
     from qlora_kit.data.tokenize import load_tokenizer
     from qlora_kit.generation import generate as run_generation
 
-    tokenizer = load_tokenizer(_model_folder(model))
-    base = _load(model, list(adapter or []), quantization, any_base)
+    tokenizer = load_tokenizer(model_folder(model))
+    base = load_model(model, list(adapter or []), quantization, any_base)
     messages = [{"role": "system", "content": system}] if system else []
     asked = prompt if raw else [*messages, {"role": "user", "content": prompt}]
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
@@ -385,13 +298,13 @@ def merge(
     from qlora_kit.export.merge import merge_model
     from qlora_kit.units import format_bytes
 
-    folder = _model_folder(model)
+    folder = model_folder(model)
     if verify is not None:
-        _check_data(folder, verify)
+        check_data(folder, verify)
     report = merge_model(folder, adapter, out, dtype=dtype.value, onto=onto.value, any_base=any_base)
     result = report.to_json()
     if verify is not None:
-        result["proof"] = _prove(folder, adapter, out, verify, any_base)
+        result["proof"] = prove_merged(folder, adapter, out, verify, any_base)
     if as_json:
         _print_json(result)
         return
@@ -405,22 +318,6 @@ def merge(
             f"reloaded by plain transformers: held-out loss {proof['merged_loss']:.4f}, "
             f"adapter model {proof['live_loss']:.4f}"
         )
-
-
-def _check_data(folder: Path, data: Path) -> None:
-    """Read held-out data before hours of work that it is to prove. Raises: DataError: a line cannot be used."""
-    from qlora_kit.data.tokenize import load_examples, load_tokenizer
-    from qlora_kit.recipe import Data
-
-    load_examples(data, Data(train=str(data), seq_len=2048), load_tokenizer(folder))
-
-
-def _prove(folder: Path, adapter: Path, out: Path, data: Path, any_base: bool) -> dict[str, Any]:
-    from qlora_kit.data.tokenize import load_tokenizer
-    from qlora_kit.export.verify import prove_merge
-
-    base = _load(str(folder), [str(adapter)], "auto", any_base)
-    return prove_merge(base, load_tokenizer(folder), out, data).to_json()
 
 
 @app.command()
@@ -461,7 +358,7 @@ def quantize(
 @adapter_app.command("show")
 def adapter_show(adapter: Annotated[Path, typer.Argument(metavar="ADAPTER")], as_json: AsJson = False) -> None:
     """Ranks, norms and singular values of an adapter. Not built yet."""
-    _not_built("adapter show")
+    not_built("adapter show")
 
 
 @adapter_app.command("compose")
@@ -472,7 +369,7 @@ def adapter_compose(
     method: Annotated[str, typer.Option(help="linear | cat | svd")] = "linear",
 ) -> None:
     """Combine adapters of one base. Not built yet."""
-    _not_built("adapter compose")
+    not_built("adapter compose")
 
 
 # ------------------------------------------------------------------------------------------------ recipes and machine
@@ -525,4 +422,4 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command()
 def selftest() -> None:
     """The kit's own proofs, on this machine, in a minute. Not built yet."""
-    _not_built("selftest")
+    not_built("selftest")

@@ -18,6 +18,7 @@ import torch
 from qlora_kit.errors import RecipeError
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+STATUS = Path("/proc/self/status")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -64,6 +65,9 @@ def peak_bytes(device: torch.device) -> int:
     """Most bytes in use on the device so far: the allocator's, or on the CPU the process' resident set."""
     if device.type != "cpu":
         return _allocator().max_memory_allocated(device)
+    if STATUS.is_file():  # getrusage would count what the parent held when it started this process
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,0 +1,135 @@
+"""What several commands do: from their options to recipes, plans, models and proofs. Imported by: cli.
+
+Heavy imports stand inside the functions, so that `plan` and `--help` never import torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from qlora_kit import __version__
+from qlora_kit.errors import RecipeError
+
+if TYPE_CHECKING:
+    from qlora_kit.base.loader import Base
+    from qlora_kit.planning.planner import Plan
+    from qlora_kit.recipe import Recipe
+
+
+def not_built(command: str) -> NoReturn:
+    """Raises: RecipeError: always; says so before anything is done."""
+    raise RecipeError(f"{command} is not built yet in version {__version__}; nothing was done")
+
+
+def recipe_or_model(target: str, overrides: list[str]) -> Recipe:
+    """The recipe of a YAML file, or the default one for a model.
+
+    Raises: RecipeError: what is wrong with it, by file, line and key.
+    """
+    from qlora_kit.recipe import load_recipe, recipe_for_model
+
+    if target.endswith((".yaml", ".yml")):
+        return load_recipe(Path(target), overrides)
+    return recipe_for_model(target, overrides)
+
+
+def require_built(recipe: Recipe) -> None:
+    """Raises: RecipeError: the recipe asks for what only a later version does."""
+    if recipe.memory.activation_offload:
+        not_built("memory.activation_offload=true")
+
+
+def plan_recipe(recipe: Recipe, budget: str | None = None, gpu: str | None = None) -> Plan:
+    """The plan of a recipe for `--budget` and `--gpu`.
+
+    Raises: RecipeError: the budget is no size, the card unknown, or the recipe asks for what is not built.
+    """
+    from qlora_kit.planning.planner import make_plan
+    from qlora_kit.units import parse_bytes
+
+    require_built(recipe)
+    try:
+        budget_bytes = None if budget is None else parse_bytes(budget)
+    except ValueError as error:
+        raise RecipeError(f"--budget: {error}") from None
+    return make_plan(recipe, budget_bytes=budget_bytes, gpu=gpu)
+
+
+def model_folder(model: str) -> Path:
+    """The model's local folder, its config.json checked first: a tokenizer would blame itself for what is wrong in it.
+
+    Raises: ModelError: no such model, unsupported, or a field of its config is absent or absurd.
+    """
+    from qlora_kit.base.loader import resolve_folder
+    from qlora_kit.planning.shapes import model_shapes, read_config
+
+    folder = resolve_folder(model)
+    model_shapes(*read_config(str(folder)))
+    return folder
+
+
+def load_model(model: str, adapters: list[str], quantization: str, any_base: bool) -> Base:
+    """The base in its own dtype, with every adapter of the list active."""
+    from pydantic import ValidationError
+
+    from qlora_kit.adapters.inject import activate
+    from qlora_kit.adapters.store import PROVENANCE, load_adapter, provenance
+    from qlora_kit.base.device import pick_device
+    from qlora_kit.base.loader import load_base
+    from qlora_kit.errors import ModelError
+    from qlora_kit.planning.shapes import read_config
+    from qlora_kit.recipe import Model
+
+    if quantization not in ("auto", "nf4", "fp4", "none"):
+        raise RecipeError(f"--quantization: auto, nf4, fp4 or none, found {quantization!r}")
+    folder = model_folder(model)
+    record = provenance(Path(adapters[0])) if adapters else {}
+    config, source = read_config(str(folder))
+    stored_dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    try:
+        settings = Model(
+            path=str(folder),
+            quantization=record.get("quantization", "none") if quantization == "auto" else quantization,  # type: ignore[arg-type]
+            double_quant=record.get("double_quant", True),
+            dtype=record.get("dtype", stored_dtype),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = Path(adapters[0]) / PROVENANCE if first["loc"][0] in record else Path(source)
+        raise ModelError(f"{where}: {first['loc'][0]}: {first['msg'].lower()}, found {first['input']!r}") from None
+    base = load_base(settings, pick_device())
+    names = [f"adapter-{index}" for index in range(len(adapters))]
+    for name, adapter in zip(names, adapters):
+        load_adapter(base, Path(adapter), name, any_base=any_base)
+    activate(base, names)
+    return base
+
+
+def section(kind: Any, **values: Any) -> Any:
+    """A section of the recipe from command-line options. Raises: RecipeError: names the option."""
+    from pydantic import ValidationError
+
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise RecipeError(f"--{option}: {first['msg'].lower()}, found {first['input']!r}") from None
+
+
+def check_data(folder: Path, data: Path) -> None:
+    """Read held-out data before hours of work that it is to prove. Raises: DataError: a line cannot be used."""
+    from qlora_kit.data.tokenize import load_examples, load_tokenizer
+    from qlora_kit.recipe import Data
+
+    load_examples(data, Data(train=str(data), seq_len=2048), load_tokenizer(folder))
+
+
+def prove_merged(folder: Path, adapter: Path, out: Path, data: Path, any_base: bool) -> dict[str, Any]:
+    """Score the adapter on its base, then the merged folder in a fresh process. Raises: ModelError: they differ."""
+    from qlora_kit.data.tokenize import load_tokenizer
+    from qlora_kit.export.verify import prove_merge
+
+    base = load_model(str(folder), [str(adapter)], "auto", any_base)
+    return prove_merge(base, load_tokenizer(folder), out, data).to_json()
