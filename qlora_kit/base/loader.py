@@ -74,11 +74,12 @@ class Base:
 def held_weights(base: Base, share: float = 0.25) -> Iterator[None]:
     """Within the block every linear keeps its dequantized weight, if all of them fit in a share of the free memory.
 
-    The same values, so the same results; worth it where a forward sees few tokens, as in generation.
+    The same values, so the same results; worth it where a forward sees few tokens, as in generation. Does nothing for a
+    base whose blocks are streamed: memory is what it lacks.
     """
     linears = [linear for linear in base.linears().values() if linear.quantization != "none"]
     needed = sum(linear.in_features * linear.out_features for linear in linears) * base.dtype.itemsize
-    if needed <= share * free_bytes(base.device):
+    if base.streamer is None and needed <= share * free_bytes(base.device):
         for linear in linears:
             linear.held = linear.base_weight()
     try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 
 from qlora_kit.base.linear import FrozenLinear
 from qlora_kit.base.shards import Entry, Shards, bytes_of
-from qlora_kit.errors import ModelError
 
 ALIGNMENT = 256  # bytes; what kernels want of a tensor's start
 InFiles = dict[tuple[FrozenLinear, str], Entry]  # stored tensors that stay in the model's files
@@ -99,6 +99,9 @@ class _Slot:
     free: Any = None  # event on the compute stream: nobody reads the buffer any more
 
 
+_Job = tuple[StreamedBlock, _Slot]
+
+
 class BlockStreamer:
     """Gives each block its weights when it is to run.
 
@@ -114,7 +117,7 @@ class BlockStreamer:
     ) -> None:
         if slots < 2:
             raise ValueError(f"{slots} slots: the next block could not be fetched while one computes")
-        self.blocks, self.device, self._shards = dict(blocks), device, shards
+        self.blocks, self.device = dict(blocks), device
         self._accelerated = device.type != "cpu"
         self._clock = 0
         largest = max((block.size_bytes for block in self.blocks.values()), default=0)
@@ -133,18 +136,16 @@ class BlockStreamer:
         for stream in (self._host_copies, self._file_copies):
             if stream is not None:  # the slots' memory may still be in use by what had it before
                 stream.wait_stream(torch.accelerator.current_stream(device))
-        self._jobs: queue.SimpleQueue[tuple[int, _Slot] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         if any(block.host is None for block in self.blocks.values()):
-            threading.Thread(target=self._read_ahead, name="qlora_kit block reader", daemon=True).start()
+            reader = (self._jobs, shards, self._file_copies)
+            threading.Thread(target=_read_ahead, args=reader, name="qlora_kit block reader", daemon=True).start()
+            weakref.finalize(self, self._jobs.put, None)
 
     @property
     def slot_bytes(self) -> int:
         """Device memory of all slots."""
         return sum(slot.buffer.numel() for slot in self._slots)
-
-    def close(self) -> None:
-        """End the reader thread."""
-        self._jobs.put(None)
 
     @contextlib.contextmanager
     def block(self, index: int, following: int | None) -> Iterator[None]:
@@ -180,7 +181,7 @@ class BlockStreamer:
             return None
         slot = self._fetch(index)
         if slot is None:
-            raise ModelError(f"block {index}: every slot is in use; one block may run at a time")
+            raise RuntimeError(f"block {index}: every slot is in use; one block may run at a time")
         slot.arrived.wait()
         if slot.failure is not None:
             failure, slot.block, slot.failure = slot.failure, None, None
@@ -209,41 +210,43 @@ class BlockStreamer:
         slot = min(free, key=lambda candidate: candidate.last_use)
         slot.block, slot.failure = index, None
         slot.arrived.clear()
-        if self.blocks[index].host is None:
-            self._jobs.put((index, slot))
+        block = self.blocks[index]
+        if block.host is None or self._host_copies is None:
+            self._jobs.put((block, slot))
         else:
-            self._copy_in(self.blocks[index].host, slot, self.blocks[index].size_bytes, self._host_copies)
+            _copy_in(block.host, slot, block.size_bytes, self._host_copies)
             slot.arrived.set()
         return slot
 
-    def _copy_in(self, source: Tensor | None, slot: _Slot, size_bytes: int, stream: Any) -> None:
-        """Host bytes to the slot on a copy stream, after the last reader of the slot."""
-        assert source is not None
-        with stream:
-            if slot.free is not None:
-                stream.wait_event(slot.free)
-            slot.buffer[:size_bytes].copy_(source[:size_bytes], non_blocking=True)
-            slot.copied = stream.record_event()
 
-    def _read_ahead(self) -> None:
-        """The reader thread: files into slots, or through pinned memory where the device is an accelerator."""
-        while (job := self._jobs.get()) is not None:
-            index, slot = job
-            block = self.blocks[index]
-            try:
-                target = slot.buffer
-                if slot.staging is not None:
-                    if slot.copied is not None:
-                        slot.copied.synchronize()  # the last copy out of the pinned memory
-                    target = slot.staging
-                for piece, extent in zip(block.pieces, block.extents):
-                    window = target[piece.offset : piece.offset + piece.size_bytes]
-                    self._shards.read_bytes(extent, bytes_of(window))
-                if slot.staging is not None:
-                    self._copy_in(slot.staging, slot, block.size_bytes, self._file_copies)
-            except BaseException as failure:
-                slot.failure = failure
-            slot.arrived.set()
+def _copy_in(source: Tensor, slot: _Slot, size_bytes: int, stream: torch.Stream) -> None:
+    """Host bytes to the slot on a copy stream, after the last reader of the slot."""
+    with stream:
+        if slot.free is not None:
+            stream.wait_event(slot.free)
+        slot.buffer[:size_bytes].copy_(source[:size_bytes], non_blocking=True)
+        slot.copied = stream.record_event()
+
+
+def _read_ahead(jobs: queue.SimpleQueue[_Job | None], shards: Shards, stream: torch.Stream | None) -> None:
+    """The reader thread: files into slots, or through pinned memory where the device is an accelerator.
+
+    It holds no reference to the streamer, so that a base that is let go of lets its slots go too.
+    """
+    while (job := jobs.get()) is not None:
+        block, slot = job
+        try:
+            if slot.staging is not None and slot.copied is not None:
+                slot.copied.synchronize()  # the last copy out of the pinned memory
+            target = slot.buffer if slot.staging is None else slot.staging
+            for piece, extent in zip(block.pieces, block.extents):
+                shards.read_bytes(extent, bytes_of(target[piece.offset : piece.offset + piece.size_bytes]))
+            if slot.staging is not None and stream is not None:
+                _copy_in(slot.staging, slot, block.size_bytes, stream)
+        except BaseException as failure:  # raised where the block is needed
+            slot.failure = failure
+        slot.arrived.set()
+        del job, block, slot
 
 
 def stream_blocks(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -119,9 +123,21 @@ def test_released_blocks_leave_nothing_behind(checkpoint):
     assert away(base) == {1, 2, 3}
 
 
-def test_a_file_cut_short_while_streaming_is_named(checkpoint, tmp_path, ids):
-    import shutil
+def test_a_base_that_is_let_go_ends_its_reader_thread(checkpoint):
+    def readers() -> int:
+        return sum(thread.name == "qlora_kit block reader" for thread in threading.enumerate())
 
+    gc.collect()
+    before = readers()
+    base = load_base(Model(path=str(checkpoint("llama"))), "cpu", Placement("disk"))
+    assert readers() == before + 1
+    del base
+    gc.collect()
+    time.sleep(0.2)
+    assert readers() == before
+
+
+def test_a_file_cut_short_while_streaming_is_named(checkpoint, tmp_path, ids):
     folder = shutil.copytree(checkpoint("llama"), tmp_path / "m")
     base = load_base(Model(path=str(folder)), "cpu", Placement("disk"))
     attach(base, recompute=True)
