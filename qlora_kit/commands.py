@@ -87,6 +87,8 @@ def load_model(model: str, adapters: list[str], quantization: str, any_base: boo
     record = provenance(Path(adapters[0])) if adapters else {}
     config, source = read_config(str(folder))
     stored_dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    if stored_dtype == "float16" and pick_device().type == "cpu":
+        stored_dtype = "float32"  # the same values; products in fp16 are slow on CPUs
     try:
         settings = Model(
             path=str(folder),

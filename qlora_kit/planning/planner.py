@@ -22,6 +22,7 @@ from qlora_kit.units import format_bytes
 
 SMALLEST_SUGGESTED_SEQ_LEN = 256
 SMALLEST_SUGGESTED_RANK = 8
+RESIDENT_SHARE = 0.95  # of the budget that may be filled up with resident blocks
 HOST_SHARE = 0.8  # of the host's memory that streamed blocks may take
 MERGED_DTYPE_BYTES = 2  # merge writes float16 unless told otherwise
 Change = dict[str, Any]  # dotted recipe key -> value
@@ -172,11 +173,12 @@ def place_blocks(shapes: ModelShapes, recipe: Recipe, device: Device) -> Recipe:
 
 
 def _most_resident(shapes: ModelShapes, recipe: Recipe, device: Device) -> int:
-    """Most resident blocks with which the run fits, at least one streamed; 0 if none does."""
+    """Most resident blocks that leave some room for what is only estimated, at least one streamed; 0 if none does."""
     few, many = 0, shapes.layers - 1
     while few < many:
         middle = -(-(few + many) // 2)
-        fits = _plan_once(shapes, changed(recipe, {"memory.resident_blocks": middle}), device).fits
+        plan = _plan_once(shapes, changed(recipe, {"memory.resident_blocks": middle}), device)
+        fits = plan.peak_bytes <= RESIDENT_SHARE * plan.budget_bytes
         few, many = (middle, many) if fits else (few, middle - 1)
     return few
 

@@ -55,6 +55,12 @@ def parameters_line(plan: Plan) -> str:
     )
 
 
+def placement_line(plan: Plan) -> str:
+    """Where the blocks live, when not all of them are on the device."""
+    where = {"host": "host memory", "disk": "disk"}[plan.settings["memory"]["placement"]]
+    return f"blocks: {plan.resident_blocks} on the device, {plan.streamed_blocks} streamed from {where}"
+
+
 def _component_table(plan: Plan) -> Table:
     from rich.table import Table
     from rich.text import Text
@@ -99,6 +105,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_component_table(plan))
     console.print(_phase_table(plan))
     console.print(Text(parameters_line(plan)))
+    if plan.streamed_blocks:
+        console.print(Text(placement_line(plan)))
     console.print(Text(verdict(plan), style="bold green" if plan.fits else "bold red"))
     for suggestion in plan.suggestions:
         console.print(Text(f"  {'fits with: ' if suggestion.startswith('--set') else ''}{suggestion}"), soft_wrap=True)

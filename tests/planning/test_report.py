@@ -52,6 +52,11 @@ def test_bars_of_a_plan_that_does_not_fit_show_how_far_it_is() -> None:
     assert lines["total"].count("█") == BAR_CELLS > lines["limit"].count("█") > 0
 
 
+def test_streamed_blocks_are_said() -> None:
+    made = make_plan(recipe_for_model("llama-3.1-70b", ["memory.placement=disk"]), gpu="rtx-4090")
+    assert f"blocks: {made.resident_blocks} on the device, {made.streamed_blocks} streamed from disk" in printed(made)
+
+
 def test_every_component_and_moment_is_explained() -> None:
     assert tuple(MEANINGS) == COMPONENTS
     assert plan().peak_moment in MOMENTS
