@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -47,7 +47,8 @@ class _Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and not {bool, False} & {annotation, *get_args(annotation)}:
             raise ValueError(f"takes no true or false (yes, no, on, off), found {value}")  # YAML 1.1 reads `on` as true
         return value
 
@@ -104,6 +105,28 @@ def _count(value: Any) -> Any:
     return value
 
 
+def _together(value: Any) -> Any:
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"auto, or a number of micro-batches from 1, found {value}")
+    return value
+
+
+def _recomputed(value: Any) -> Any:
+    if isinstance(value, bool) or value == "auto":
+        return value
+    if isinstance(value, int) and value >= 0:
+        return value
+    raise ValueError(f"true, false, auto, or a number of blocks from 0, found {value!r}")
+
+
+def _offload(value: Any) -> Any:
+    if value is True:
+        return "host"
+    if value not in (False, "host", "disk"):
+        raise ValueError(f"false, true, host or disk, found {value!r}")
+    return value
+
+
 def _loss_chunk(value: Any) -> Any:
     if value not in ("auto", "full") and not (isinstance(value, int) and value > 0):
         raise ValueError(f"auto, full or a positive number of tokens, found {value!r}")
@@ -124,8 +147,21 @@ class Memory(_Section):
     resident_blocks: Annotated[Literal["auto"] | int, AfterValidator(_count)] = Field(
         "auto", description="with host or disk: blocks that live on the device all the same; auto: as many as fit"
     )
-    gradient_checkpointing: bool = Field(True, description="recompute each block in backward")
-    activation_offload: bool = Field(False, description="keep the blocks' inputs in host memory")
+    embeddings: Literal["auto", "device", "host", "disk"] = Field(
+        "auto", description="where embedding and head live; off the device their rows are fetched when used"
+    )
+    gradient_checkpointing: Annotated[bool | Literal["auto"] | int, BeforeValidator(_recomputed)] = Field(
+        True, description="recompute each block in backward; a number: of that many; auto: of as few as fit"
+    )
+    activation_offload: Annotated[Literal[False, "host", "disk"], BeforeValidator(_offload)] = Field(
+        False, description="keep the blocks' inputs in host memory (true, host) or in a file (disk)"
+    )
+    keep_dequantized: Literal["auto"] | bool = Field(
+        "auto", description="within a block's backward, keep its weights from the recomputation to their use"
+    )
+    micro_batches_together: Annotated[Literal["auto"] | int, AfterValidator(_together)] = Field(
+        "auto", description="micro-batches that pass a block before any passes the next: it is fetched once for them"
+    )
     loss_chunk_tokens: Annotated[Literal["auto", "full"] | int, BeforeValidator(_loss_chunk)] = Field(
         "auto", description="tokens whose logits exist at a time; full: all of them"
     )

@@ -63,7 +63,10 @@ train:
 output: runs/smollm2-gsm8k
 """
 USERS_OWN = {"model.path", "data.train", "data.eval", "train.steps", "output"}
-ADDED = {"memory.resident_blocks", "model.dtype", "train.epochs", "train.trackers"}  # later than the contract
+ADDED = {  # later than the contract
+    *("memory.resident_blocks", "memory.embeddings", "memory.keep_dequantized", "memory.micro_batches_together"),
+    *("model.dtype", "train.epochs", "train.trackers"),
+}
 CHOICES = [
     *[("model.quantization", value) for value in ("nf4", "fp4", "none")],
     *[("adapter.target_modules", value) for value in ("all-linear", "[q_proj, v_proj]", "'.*_proj'")],
@@ -72,6 +75,11 @@ CHOICES = [
     *[("data.learn", value) for value in ("completion", "all")],
     *[("memory.budget", value) for value in ("auto", "24GiB", "1000")],
     *[("memory.placement", value) for value in ("auto", "device", "host", "disk")],
+    *[("memory.embeddings", value) for value in ("auto", "device", "host", "disk")],
+    *[("memory.gradient_checkpointing", value) for value in ("true", "false", "auto", "0", "12")],
+    *[("memory.activation_offload", value) for value in ("false", "true", "host", "disk")],
+    *[("memory.keep_dequantized", value) for value in ("auto", "true", "false")],
+    *[("memory.micro_batches_together", value) for value in ("auto", "1", "8")],
     *[("memory.loss_chunk_tokens", value) for value in ("auto", "full", "512")],
     *[("train.optimizer", value) for value in ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw")],
     *[("train.schedule", value) for value in ("cosine", "linear", "constant")],

@@ -45,9 +45,10 @@ from qlora_kit.training.signals import StopRequest, stop_on_signal
 NON_FINITE_LIMIT = 5  # steps in a row that may be skipped
 # Keys that change where a run lives or how often it speaks, but not one bit of its result.
 FREE_KEYS = frozenset(
-    "model.path model.revision data.train data.eval memory.budget memory.placement memory.activation_offload "
-    "memory.gradient_checkpointing memory.resident_blocks train.eval_every train.save_every train.keep_checkpoints "
-    "train.trackers train.device output".split()
+    "model.path model.revision data.train data.eval memory.budget memory.placement memory.resident_blocks "
+    "memory.embeddings memory.gradient_checkpointing memory.activation_offload memory.keep_dequantized "
+    "memory.micro_batches_together train.eval_every train.save_every train.keep_checkpoints train.trackers "
+    "train.device output".split()
 )
 
 
@@ -119,17 +120,23 @@ def train(recipe: Recipe, *, resume: bool = False, restart: bool = False, plan: 
 
 def prepare(recipe: Recipe, stop: StopRequest) -> Run:
     """Read the data, load the base, hang the adapter in, build the optimizer: all that comes before the first step."""
-    device = pick_device(recipe.train.device)
     return_freed_memory()
     train_examples, eval_examples = read_data(recipe)
-    base = _place_base(recipe, device)
+    base = _place_base(recipe, pick_device(recipe.train.device))
     _require_embeddings(base, recipe, [*train_examples, *eval_examples])
+    return assemble(recipe, base, train_examples, eval_examples, stop)
+
+
+def assemble(
+    recipe: Recipe, base: Base, train_examples: list[Example], eval_examples: list[Example], stop: StopRequest
+) -> Run:
+    """A run on a loaded base and tokenized data; tools and proofs call it with data of their own making."""
     dropout_seed = inject(base, recipe.adapter, recipe.train.seed)
     attach(base, recipe.memory.gradient_checkpointing)
     parameters = dict(trainable_parameters(base))
     settings = recipe.train
     optimizer = build_optimizer(
-        settings.optimizer, parameters, device, lr=settings.lr, weight_decay=settings.weight_decay
+        settings.optimizer, parameters, base.device, lr=settings.lr, weight_decay=settings.weight_decay
     )
     shape: dict[str, Any] = {
         "micro_batch": settings.micro_batch,
