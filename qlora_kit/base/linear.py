@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_kit.base import nf4
+from qlora_kit.base.workspace import Workspace
 
 
 class Branch(Protocol):
@@ -51,10 +52,13 @@ class FrozenLinear(nn.Module):
         active: names of the adapters that take part in the product, in order.
         merged: W + the update of the active adapters, when merged in place; else None.
         held: W dequantized once and kept, where memory allows it; else None.
+        workspace: what W is dequantized into for a product; None: into a new tensor.
+        output_unused: the caller is about to run forward only for what backward needs of it, so there is no product.
     """
 
     bias: Tensor | None
     dense: Tensor
+    codes: Tensor
 
     def __init__(
         self,
@@ -74,6 +78,8 @@ class FrozenLinear(nn.Module):
         self.active: tuple[str, ...] = ()
         self.merged: Tensor | None = None
         self.held: Tensor | None = None
+        self.workspace: Workspace | None = None
+        self.output_unused = False
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"dense": ((out_features, in_features), dtype)}
         if quantization != "none":
             shapes = nf4.state_shapes(in_features * out_features, double_quant, block)
@@ -95,19 +101,29 @@ class FrozenLinear(nn.Module):
             self.register_buffer(name, value)
         self.stored = tuple(stored)
 
-    def base_weight(self) -> Tensor:
-        """W as the base has it, [O, I]: dequantized anew, or the tensor itself that is kept (do not write to it)."""
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of W in the dtype of computation, if that has to be made; else 0."""
+        return 0 if self.quantization == "none" else self.out_features * self.in_features * self.dtype.itemsize
+
+    def base_weight(self, out: Tensor | None = None) -> Tensor:
+        """W as the base has it, [O, I]: dequantized into `out` or anew, or the kept tensor (do not write to it)."""
         if self.quantization == "none":
             return self.dense
         if self.held is not None:
             return self.held
         stored = {name: getattr(self, name) for name in self.stored}
         shape = (self.out_features, self.in_features)
-        return nf4.dequantize(stored, shape, self.quantization, self.dtype, block=self.block)
+        return nf4.dequantize(stored, shape, self.quantization, self.dtype, block=self.block, out=out)
 
     def weight(self) -> Tensor:
-        """W as the product uses it: the merged weight if there is one."""
-        return self.base_weight() if self.merged is None else self.merged
+        """W as the product uses it, the merged weight if there is one; good until another linear's is asked for."""
+        if self.merged is not None:
+            return self.merged
+        if self.workspace is None or self.held is not None or not self.dense_bytes:
+            return self.base_weight()
+        shape, device = (self.out_features, self.in_features), self.codes.device
+        return self.workspace.weight(self, shape, self.dtype, device, self.base_weight)
 
     def active_branches(self) -> list[Branch]:
         """The branches that take part in the product."""
@@ -160,12 +176,16 @@ class _FrozenLinear(torch.autograd.Function):
         dropout: Dropout | None,
     ) -> Tensor:
         ctx.linear, ctx.scale, ctx.dropout = linear, scale, dropout
-        y = F.linear(x, linear.weight(), linear.bias)
+        if linear.output_unused:
+            y = x.new_zeros(()).expand(*x.shape[:-1], linear.out_features)
+        else:
+            y = F.linear(x, linear.weight(), linear.bias)
         if lora_A is None or lora_B is None:
             return y
         dropped = x if dropout is None else dropout(x)
         hidden_NR = F.linear(dropped.reshape(-1, x.shape[-1]), lora_A.to(x.dtype))
-        y.view(-1, y.shape[-1]).addmm_(hidden_NR, lora_B.to(x.dtype).t(), alpha=scale)
+        if not linear.output_unused:
+            y.view(-1, y.shape[-1]).addmm_(hidden_NR, lora_B.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, lora_A, lora_B, hidden_NR)
         return y
 

@@ -28,6 +28,7 @@ from qlora_kit.base.linear import FrozenLinear
 from qlora_kit.base.prequantized import FINGERPRINT, PART, PackedWeight, packed_weights
 from qlora_kit.base.shards import Shards, find_shards
 from qlora_kit.base.streaming import BlockStreamer, InFiles, spread, stream_blocks
+from qlora_kit.base.workspace import Workspace
 from qlora_kit.console import note, progress
 from qlora_kit.errors import ModelError
 from qlora_kit.planning.shapes import model_shapes, read_config
@@ -220,7 +221,7 @@ def _replace_linears(
 ) -> None:
     """Put a `FrozenLinear` in the place of each linear of the decoder blocks, stored as settings or files have it."""
     dtype = getattr(torch, settings.dtype)
-    blocks = model.get_submodule(architecture.blocks)
+    blocks, workspace = model.get_submodule(architecture.blocks), Workspace()
     for name, module in list(blocks.named_modules()):
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 2:
@@ -236,6 +237,7 @@ def _replace_linears(
             dtype=dtype,
             block=stored.block if stored else nf4.BLOCK,
         )
+        frozen.workspace = workspace
         parent, _, leaf = name.rpartition(".")
         setattr(blocks.get_submodule(parent), leaf, frozen)
 

@@ -113,6 +113,16 @@ SHAPES_ONLY: dict[Any, Callable[..., Any]] = {
     aten.equal.default: lambda *_: True,
 }
 
+
+def _dequantize_into(*inputs_and_out: Any) -> None:
+    *inputs, out = inputs_and_out
+    if not out.is_meta:
+        out.copy_(torch.ops.bitsandbytes.dequantize_4bit(*inputs))
+
+
+# Name of a kernel that neither CPU nor meta tensors have -> what takes its place.
+LACKING: dict[str, Callable[..., Any]] = {"bitsandbytes::dequantize_4bit.out": _dequantize_into}
+
 # The host waits for their result.
 WAITS = {
     aten._local_scalar_dense.default,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from qlora_kit.profiling.simulated_kernels import HOST_INDICES, SHAPES_ONLY, WAITS, keeps_values, schema_of
+from qlora_kit.profiling.simulated_kernels import HOST_INDICES, LACKING, SHAPES_ONLY, WAITS, keeps_values, schema_of
 from qlora_kit.profiling.simulated_memory import Allocation, Memory, rounded
 from qlora_kit.profiling.simulated_streams import NAME, current_lane, is_host_generator
 from qlora_kit.profiling.simulated_timeline import Lane, Timeline, byte_range
@@ -296,7 +296,9 @@ def run(func: Any, device: SimulatedDevice, /, *args: Any, **kwargs: Any) -> Any
         kwargs["device"] = torch.device("meta" if operands.on_meta else "cpu")
     inner_args = [operands.exchanged(value, i in schema.written) for i, value in enumerate(args)]
     inner_kwargs = {name: operands.exchanged(value, name in schema.written) for name, value in kwargs.items()}
-    result = (SHAPES_ONLY.get(func, func) if operands.on_meta else func)(*inner_args, **inner_kwargs)
+    kernel = SHAPES_ONLY.get(func, func) if operands.on_meta else func
+    kernel = LACKING.get(func.name(), kernel)
+    result = kernel(*inner_args, **inner_kwargs)
     if func in WAITS:
         device.timeline.host_learns(lane.snapshot())
     if to_host:

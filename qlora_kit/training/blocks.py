@@ -1,95 +1,237 @@
-"""A decoder block whose forward is recomputed in backward, so that only its input is kept.
+"""The passage of micro-batches through the decoder blocks, and back: what is kept, what is recomputed, in which order.
 
-Why one autograd function of our own: at this boundary the block's frozen weights are also brought in and let go again,
-and nothing of the base is ever on the autograd graph. Dropout comes from seeds, so no RNG state is kept.
-Source: Chen et al. 2016, arXiv:1604.06174. Imported by: training.loop, the commands.
+A block is the unit of memory. Forward keeps only its input; backward runs it again. At the same boundary the block's
+frozen weights are brought in and let go again, so nothing of the base is ever on the autograd graph.
+How: `_RunBlock`, one autograd function, takes several micro-batches at once. All of them pass block k before any passes
+block k + 1, forward and backward, so that a block is fetched and dequantized once for them (block-major order).
+Gradients go into `.grad` micro-batch by micro-batch, in order: the bits do not depend on how many pass together.
+What makes recomputation cheaper than a forward: the block's output is not needed, so neither is its last product.
+Dropout comes from seeds, so no RNG state is kept; nothing here runs under autocast.
+Source of recomputation: Chen et al. 2016, arXiv:1604.06174. Imported by: training.loop, training.loss, the commands.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.adapters.lora import DropoutSeed
+from qlora_kit.base.linear import FrozenLinear
 from qlora_kit.base.loader import Base
-from qlora_kit.base.streaming import BlockStreamer
+from qlora_kit.base.workspace import aligned
+
+
+@dataclass(frozen=True)
+class Call:
+    """What transformers passes to one block besides the hidden state, and the dropout of that micro-batch."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dropout_key: tuple[int, ...]
 
 
 class _RunBlock(torch.autograd.Function):
-    """hidden -> block(hidden); keeps hidden only. `parameters` are what the block trains, for the graph to see."""
+    """Hidden states of G micro-batches -> the block's outputs; then the block's parameters, for the graph to see."""
 
     @staticmethod
-    def forward(
-        ctx: Any, call: Callable[[Tensor], Tensor], runner: BlockRunner, hidden: Tensor, *parameters: Tensor
-    ) -> Tensor:
-        ctx.call, ctx.runner, ctx.parameters = call, runner, parameters
-        ctx.save_for_backward(hidden)
-        with torch.no_grad(), runner.weights(runner.index + 1):
-            return call(hidden)
+    def forward(ctx: Any, runner: BlockRunner, calls: Sequence[Call], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.runner, ctx.calls, ctx.with_input, ctx.kept = runner, calls, ctx.needs_input_grad[2], []
+        outputs = []
+        with runner.weights(runner.index + 1, reused=len(calls) > 1):
+            for hidden, call in zip(tensors, calls):
+                output, kept = runner.run_and_keep(hidden, call, ctx.with_input)
+                outputs.append(output)
+                ctx.kept.append(kept)
+        return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden,) = ctx.saved_tensors
-        hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[2])
-        inputs = [hidden, *ctx.parameters] if hidden.requires_grad else list(ctx.parameters)
-        with ctx.runner.weights(ctx.runner.index - 1):
-            with torch.enable_grad():
-                output = ctx.call(hidden)
-            grads = torch.autograd.grad(output, inputs, grad, allow_unused=True)
-        return (None, None, *grads) if hidden.requires_grad else (None, None, None, *grads)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        runner, parameters, grad_inputs = ctx.runner, ctx.runner.parameters(), []
+        with runner.weights(runner.index - 1, reused=len(ctx.calls) > 1 or runner.recomputes):
+            for call, grad in zip(ctx.calls, grads):
+                hidden, output = runner.graph_of(ctx.kept.pop(0), call, ctx.with_input)
+                inputs = [hidden, *parameters] if ctx.with_input else parameters
+                found = list(torch.autograd.grad(output, inputs, grad, allow_unused=True))
+                del hidden, output, inputs
+                grad_inputs.append(found.pop(0) if ctx.with_input else None)
+                _accumulate(parameters, found)
+        return (None, None, *grad_inputs, *(None for _ in parameters))
+
+
+def _accumulate(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> None:
+    for parameter, grad in zip(parameters, grads):
+        if parameter.grad is None:
+            parameter.grad = grad
+        elif grad is not None:
+            parameter.grad += grad
+
+
+@dataclass
+class Passage:
+    """What the blocks of one base have in common.
+
+    Attributes:
+        recomputed: how many blocks, the first ones, are recomputed in backward; the others keep their activations,
+            which are free again when the recomputed ones need room.
+        keep_dequantized: keep a block's weights from the recomputation to their use, and from one micro-batch to the
+            next.
+        dropout_seed: of the adapter, set anew for each micro-batch.
+        intercept: takes the place of every block while the arguments of a forward are recorded; see `_recorded`.
+    """
+
+    recomputed: int
+    keep_dequantized: bool = False
+    dropout_seed: DropoutSeed = field(default_factory=DropoutSeed)
+    intercept: Callable[[int, Tensor, Call], Tensor] | None = None
 
 
 class BlockRunner:
-    """Stands in a block's `forward`; transformers' own loop calls it with whatever its architecture passes.
+    """Stands in a block's `forward`; transformers' own loop calls it with whatever its architecture passes."""
+
+    def __init__(self, base: Base, index: int, settings: Passage) -> None:
+        self.base, self.index, self.settings = base, index, settings
+        self.block = base.blocks()[index]
+        self.plain_forward = self.block.forward
+        self.recomputes = index < settings.recomputed
+        self._linears = [module for module in self.block.modules() if isinstance(module, FrozenLinear)]
+        self._dense_bytes = sum(aligned(linear.dense_bytes) for linear in self._linears)
+        row = base.architecture
+        self._last: Any = None if row.output_norm else self.block.get_submodule(row.mlp_out)
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call = Call(args, kwargs, self.settings.dropout_seed.key)
+        if self.settings.intercept is not None:
+            return self.settings.intercept(self.index, hidden, call)
+        return self.run([hidden], [call])[0]
+
+    def run(self, hiddens: Sequence[Tensor], calls: Sequence[Call]) -> Sequence[Tensor]:
+        """The block's outputs for several micro-batches."""
+        parameters = self.parameters()
+        if torch.is_grad_enabled() and (parameters or hiddens[0].requires_grad):
+            return _RunBlock.apply(self, calls, *hiddens, *parameters)
+        following = (self.index + 1) % len(self.base.blocks())  # the next forward begins at block 0
+        with self.weights(following, reused=len(calls) > 1):
+            return [self._run(hidden, call) for hidden, call in zip(hiddens, calls)]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained in this block."""
+        return [parameter for parameter in self.block.parameters() if parameter.requires_grad]
+
+    @contextlib.contextmanager
+    def weights(self, following: int, reused: bool) -> Iterator[None]:
+        """Within the with-block the block's weights are there; if `reused`, they may be kept dequantized.
+
+        Args:
+            following: the block that will run next, to be fetched meanwhile.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.base.streamer is not None:
+                stack.enter_context(self.base.streamer.block(self.index, following))
+            workspace = self._linears[0].workspace
+            if reused and self.settings.keep_dequantized and workspace is not None and self._dense_bytes:
+                stack.enter_context(workspace.holding(self._dense_bytes, self.base.device))
+            yield
+
+    def run_and_keep(self, hidden: Tensor, call: Call, with_input: bool) -> tuple[Tensor, Any]:
+        """(output, what `graph_of` needs): the input if the block is recomputed, else its graph."""
+        hidden = hidden.detach()
+        if self.recomputes:
+            with torch.no_grad():
+                return self._run(hidden, call), hidden
+        with torch.enable_grad():
+            output = self._run(hidden.requires_grad_(with_input), call)
+        return output.detach(), (hidden, output)
+
+    def graph_of(self, kept: Any, call: Call, with_input: bool) -> tuple[Tensor, Tensor]:
+        """(input, output) with a graph between them. Of a recomputed block the output's values are not to be used."""
+        if not self.recomputes:
+            return kept
+        hidden = kept.detach().requires_grad_(with_input)
+        with torch.enable_grad(), self._without_last_product():
+            return hidden, self._run(hidden, call)
+
+    @contextlib.contextmanager
+    def _without_last_product(self) -> Iterator[None]:
+        if self._last is None:
+            yield
+            return
+        self._last.output_unused = True
+        try:
+            yield
+        finally:
+            self._last.output_unused = False
+
+    def _run(self, hidden: Tensor, call: Call) -> Tensor:
+        self.settings.dropout_seed.key = call.dropout_key
+        return self.plain_forward(hidden, *call.args, **call.kwargs)
+
+
+def attach(
+    base: Base,
+    recomputed: int | bool = True,
+    *,
+    keep_dequantized: bool = False,
+    dropout_seed: DropoutSeed | None = None,
+) -> None:
+    """Put a `BlockRunner` before every block.
 
     Args:
-        index, blocks: which block of how many.
-        weights: (following) -> context in which the block's weights are there, `following` being the block that will
-            run next; where all weights live on the device it does nothing.
+        recomputed: how many blocks are recomputed in backward; True: all, False: none.
+        keep_dequantized, dropout_seed: see `Passage`.
     """
-
-    def __init__(
-        self, block: nn.Module, index: int, blocks: int, weights: Callable[[int], AbstractContextManager[None]]
-    ) -> None:
-        self.block, self.plain_forward, self.weights = block, block.forward, weights
-        self.index, self.blocks = index, blocks
-
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        parameters = [parameter for parameter in self.block.parameters() if parameter.requires_grad]
-        if not torch.is_grad_enabled() or not (parameters or hidden.requires_grad):
-            with self.weights((self.index + 1) % self.blocks):  # the next forward begins at block 0
-                return self.plain_forward(hidden, *args, **kwargs)
-        is_tuple = False
-
-        def call(x: Tensor) -> Tensor:
-            nonlocal is_tuple
-            output = self.plain_forward(x, *args, **kwargs)
-            is_tuple = isinstance(output, tuple)
-            return output[0] if is_tuple else output
-
-        output = _RunBlock.apply(call, self, hidden, *parameters)
-        return (output,) if is_tuple else output
-
-
-def attach(base: Base, recompute: bool) -> None:
-    """Put a `BlockRunner` before every block, to recompute it in backward and to bring in weights that are away.
-
-    Blocks that are away are always recomputed: their weights are gone when backward comes.
-    """
-    for index, block in enumerate(base.blocks()):
+    blocks = base.blocks()
+    count = len(blocks) * recomputed if isinstance(recomputed, bool) else recomputed
+    settings = Passage(count, keep_dequantized, dropout_seed or DropoutSeed())
+    for index, block in enumerate(blocks):
         if isinstance(block.__dict__.get("forward"), BlockRunner):
             del block.forward
-        if recompute or base.streamer is not None:
-            block.forward = BlockRunner(
-                block, index, len(base.blocks()), functools.partial(_weights, base.streamer, index)
-            )
+        block.forward = BlockRunner(base, index, settings)
 
 
-def _weights(streamer: BlockStreamer | None, index: int, following: int) -> AbstractContextManager[None]:
-    return contextlib.nullcontext() if streamer is None else streamer.block(index, following)
+def last_hidden_states(base: Base, batches: Sequence[Any], dropout_keys: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """The hidden state after the final norm, [B, T, D], of each micro-batch; they pass the blocks together.
+
+    transformers' own forward runs twice without its blocks: once to record what it passes to each of them, once to do
+    what it does after them. So no architecture's masks and positions are known here.
+    """
+    if not isinstance(base.blocks()[0].__dict__.get("forward"), BlockRunner):
+        attach(base)
+    runners: list[Any] = [block.forward for block in base.blocks()]
+    settings: Passage = runners[0].settings
+    hiddens: list[Tensor] = []
+    recorded: list[list[Call]] = []
+    for batch, key in zip(batches, dropout_keys, strict=True):
+        settings.dropout_seed.key = key
+        calls: list[Call] = []
+
+        def record(index: int, hidden: Tensor, call: Call, calls: list[Call] = calls) -> Tensor:
+            if index == 0:
+                hiddens.append(hidden)
+            calls.append(call)
+            return hidden
+
+        _around_blocks(base, batch, settings, record)
+        recorded.append(calls)
+    for runner, of_block in zip(runners, zip(*recorded, strict=True)):
+        hiddens = list(runner.run(hiddens, of_block))
+    return [
+        _around_blocks(base, batch, settings, lambda index, before, call, after=hidden: after)
+        for batch, hidden in zip(batches, hiddens)
+    ]
+
+
+def _around_blocks(base: Base, batch: Any, settings: Passage, intercept: Callable[..., Tensor]) -> Tensor:
+    """transformers' forward of the decoder with `intercept` in the place of every block."""
+    settings.intercept = intercept
+    try:
+        ids, positions = batch.input_ids.to(base.device), batch.position_ids.to(base.device)
+        output = base.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+        return output.last_hidden_state
+    finally:
+        settings.intercept = None

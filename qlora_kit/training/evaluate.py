@@ -15,7 +15,7 @@ import torch
 from qlora_kit.base.loader import Base
 from qlora_kit.console import progress
 from qlora_kit.errors import NonFiniteError
-from qlora_kit.training.loss import batch_loss
+from qlora_kit.training.loss import batch_losses
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,11 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(base: Base, batches: Sequence[Any], chunk_tokens: int) -> Evaluation:
+def evaluate(base: Base, batches: Sequence[Any], chunk_tokens: int, together: int = 1) -> Evaluation:
     """Loss of the base with its active adapters, dropout off; the modes of all modules are as before afterwards.
 
+    Args:
+        together: batches that pass each block together, so that one which is away is fetched once for them.
     Raises: NonFiniteError: the loss is NaN or infinite.
     """
     modes = [(module, module.training) for module in base.model.modules() if module.training]
@@ -46,10 +48,11 @@ def evaluate(base: Base, batches: Sequence[Any], chunk_tokens: int) -> Evaluatio
     total, tokens = 0.0, 0
     try:
         with progress("evaluating", len(batches)) as advance:
-            for batch in batches:
-                total += batch_loss(base, batch, chunk_tokens).item()
-                tokens += batch.learned_tokens
-                advance(1, "")
+            for start in range(0, len(batches), together):
+                group = batches[start : start + together]
+                total += sum(loss.item() for loss in batch_losses(base, group, chunk_tokens))
+                tokens += sum(batch.learned_tokens for batch in group)
+                advance(len(group), "")
     finally:
         for module, mode in modes:
             module.training = mode

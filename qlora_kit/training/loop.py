@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from qlora_kit import files
 from qlora_kit.adapters.inject import inject, trainable_parameters
-from qlora_kit.adapters.lora import DropoutSeed
 from qlora_kit.adapters.store import save_adapter
 from qlora_kit.base.device import peak_bytes, pick_device, reset_peak, resident_bytes, return_freed_memory
 from qlora_kit.base.loader import Base, Placement, base_fingerprint, load_base, resolve_folder
@@ -36,7 +35,7 @@ from qlora_kit.recipe import Recipe
 from qlora_kit.training.blocks import attach
 from qlora_kit.training.checkpoint import Progress, load_checkpoint, rotate, save_checkpoint
 from qlora_kit.training.evaluate import Evaluation, evaluate
-from qlora_kit.training.loss import batch_loss
+from qlora_kit.training.loss import batch_losses
 from qlora_kit.training.metrics import Metrics, open_metrics
 from qlora_kit.training.optim import build_optimizer
 from qlora_kit.training.schedule import learning_rate
@@ -60,7 +59,6 @@ class Run:
     base: Base
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
-    dropout_seed: DropoutSeed
     batches: Batches
     held_out: list[MicroBatch]
     total_steps: int
@@ -75,6 +73,12 @@ class Run:
     @property
     def chunk_tokens(self) -> int:
         return loss_chunk_tokens(self.recipe)
+
+    @property
+    def together(self) -> int:
+        """Micro-batches that pass each block together."""
+        wanted = self.recipe.memory.micro_batches_together
+        return 1 if wanted == "auto" else wanted
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,10 @@ def assemble(
 ) -> Run:
     """A run on a loaded base and tokenized data; tools and proofs call it with data of their own making."""
     dropout_seed = inject(base, recipe.adapter, recipe.train.seed)
-    attach(base, recipe.memory.gradient_checkpointing)
+    memory = recipe.memory
+    recomputed = True if memory.gradient_checkpointing == "auto" else memory.gradient_checkpointing
+    keep_dequantized = memory.keep_dequantized is True
+    attach(base, recomputed, keep_dequantized=keep_dequantized, dropout_seed=dropout_seed)
     parameters = dict(trainable_parameters(base))
     settings = recipe.train
     optimizer = build_optimizer(
@@ -151,7 +158,6 @@ def assemble(
         base=base,
         parameters=parameters,
         optimizer=optimizer,
-        dropout_seed=dropout_seed,
         batches=batches,
         held_out=eval_batches(eval_examples, **shape, pad_id=0) if eval_examples else [],
         total_steps=settings.steps or math.ceil((settings.epochs or 1) * batches.steps_per_epoch),
@@ -304,11 +310,12 @@ def train_step(run: Run) -> dict[str, Any]:
     learned = sum(batch.learned_tokens for batch in micro_batches)
     total = torch.zeros((), dtype=torch.float32, device=run.base.device)
     _set_training(run, True)
-    for index, batch in enumerate(micro_batches):
+    for start in range(0, len(micro_batches), run.together):
         if run.stop:
             _stop(run)
-        run.dropout_seed.key = (settings.seed, step, index)
-        loss = batch_loss(run.base, batch, run.chunk_tokens)
+        batches = micro_batches[start : start + run.together]
+        keys = [(settings.seed, step, start + index) for index in range(len(batches))]
+        loss = torch.stack(batch_losses(run.base, batches, run.chunk_tokens, keys)).sum()
         (loss / max(1, learned)).backward()
         total += loss.detach()
     norm = clip(list(run.parameters.values()), settings.max_grad_norm)
@@ -357,7 +364,7 @@ def _set_training(run: Run, mode: bool) -> None:
 
 def _evaluate(run: Run, metrics: Metrics) -> Evaluation:
     """Held-out loss now; the adapter is kept in `best/` when it is the lowest so far."""
-    evaluation = evaluate(run.base, run.held_out, run.chunk_tokens)
+    evaluation = evaluate(run.base, run.held_out, run.chunk_tokens, run.together)
     progress = run.progress
     if progress.best_loss is None or evaluation.loss < progress.best_loss:
         progress.best_loss, progress.best_step = evaluation.loss, progress.step

@@ -8,6 +8,7 @@ Shapes: N tokens, D hidden, V vocabulary. Imported by: training.loop, training.e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from qlora_kit.base.loader import Base
 from qlora_kit.data.tokenize import IGNORE_INDEX
+from qlora_kit.training.blocks import last_hidden_states
 
 
 def chunked_cross_entropy(
@@ -94,12 +96,25 @@ def _score(
     return loss, grad if slope is None else grad.mul_(slope)
 
 
-def batch_loss(base: Base, batch: Any, chunk_tokens: int) -> Tensor:
-    """Summed loss of a `data.batches.MicroBatch` on the base with its active adapters."""
-    ids, positions = batch.input_ids.to(base.device), batch.position_ids.to(base.device)
-    output = base.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
-    hidden = output.last_hidden_state.flatten(0, 1)
+def batch_losses(
+    base: Base, batches: Sequence[Any], chunk_tokens: int, dropout_keys: Sequence[tuple[int, ...]] | None = None
+) -> list[Tensor]:
+    """Summed loss of each `data.batches.MicroBatch` on the base with its active adapters; see `blocks.attach`.
+
+    Args:
+        batches: they pass each block together; block inputs of all of them are kept for backward.
+        dropout_keys: of each, what its dropout is drawn from.
+    """
+    hiddens = last_hidden_states(base, batches, dropout_keys or [()] * len(batches))
     softcap = getattr(base.model.config, "final_logit_softcapping", None)
-    targets = batch.targets.to(base.device).flatten()
     head = base.model.get_output_embeddings().weight
-    return chunked_cross_entropy(hidden, head, targets, chunk_tokens=chunk_tokens, softcap=softcap)
+    return [
+        chunked_cross_entropy(
+            hidden.flatten(0, 1),
+            head,
+            batch.targets.to(base.device).flatten(),
+            chunk_tokens=chunk_tokens,
+            softcap=softcap,
+        )
+        for hidden, batch in zip(hiddens, batches)
+    ]

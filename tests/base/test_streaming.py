@@ -48,7 +48,7 @@ def run(folder: Path, ids: torch.Tensor, tier: str, resident: int = 0, device: s
             torch.randn(branch.lora_B.shape, generator=torch.Generator().manual_seed(branch.index))
         )
         branch.train()
-    attach(base, recompute=True)
+    attach(base)
     ids, found = ids.to(device), []
     for step in range(2):
         seed.key = (0, step, 0)
@@ -101,7 +101,7 @@ def test_device_memory_does_not_grow_with_depth(tiny_model, tmp_path, ids):
         quantize_model(tiny_model("llama", num_hidden_layers=layers), folder)
         with simulated_device() as device:
             base = load_base(Model(path=str(folder)), "simgpu", Placement("host"))
-            attach(base, recompute=True)
+            attach(base)
             device.reset_peak()
             with torch.no_grad():
                 base.model(input_ids=ids.to("simgpu"), use_cache=False)
@@ -140,7 +140,7 @@ def test_a_base_that_is_let_go_ends_its_reader_thread(checkpoint):
 def test_a_file_cut_short_while_streaming_is_named(checkpoint, tmp_path, ids):
     folder = shutil.copytree(checkpoint("llama"), tmp_path / "m")
     base = load_base(Model(path=str(folder)), "cpu", Placement("disk"))
-    attach(base, recompute=True)
+    attach(base)
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:20_000])
     with pytest.raises(ModelError, match=r"model.safetensors: ends at byte"), torch.no_grad():

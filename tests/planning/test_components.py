@@ -19,7 +19,7 @@ from qlora_kit.planning import components as ledger
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
 from qlora_kit.recipe import Recipe, recipe_for_model
 from qlora_kit.training.blocks import attach
-from qlora_kit.training.loss import batch_loss, chunked_cross_entropy
+from qlora_kit.training.loss import batch_losses, chunked_cross_entropy
 
 SMALL = {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 8}
 SMALL |= {"vocab_size": 99, "intermediate_size": 640, "head_dim": 16, "pad_token_id": 0}
@@ -255,7 +255,7 @@ def test_forward_and_backward_of_llama_take_what_is_planned_within_5_percent(
     attach(base, checkpointing)
     ids, positions = torch.ones(1, 512, dtype=torch.long), torch.arange(512)[None]
     batch = SimpleNamespace(input_ids=ids, position_ids=positions, targets=ids)
-    measured = peak_bytes_of(lambda: batch_loss(base, batch, 512).backward())
+    measured = peak_bytes_of(lambda: batch_losses(base, [batch], 512)[0].backward())
     static = ("base_nf4", "quant_constants", "base_unquantized", "adapter", "optimizer")
     moments = ledger.training_moments(model_shapes(*read_config(str(folder))), recipe, 0).values()
     planned = max(ledger.total({**moment, **dict.fromkeys(static, 0)}) for moment in moments)

@@ -25,7 +25,7 @@ from qlora_kit.base.loader import Base, load_base
 from qlora_kit.profiling.simulated_device import DeviceRaceError, owner, simulated_device
 from qlora_kit.recipe import Adapter, Model
 from qlora_kit.training.blocks import attach
-from qlora_kit.training.loss import batch_loss
+from qlora_kit.training.loss import batch_losses
 
 TORCH = (torch.Stream, torch.Event, torch.Generator, torch.empty, torch.accelerator.current_stream)
 
@@ -64,7 +64,7 @@ def packed(ids):
 
 def step(base, ids):
     """Loss and gradients, on the host."""
-    loss = batch_loss(base, packed(ids), 16)
+    (loss,) = batch_losses(base, [packed(ids)], 16)
     loss.backward()
     return loss.item(), {name: parameter.grad.cpu() for name, parameter in trainable_parameters(base)}
 
@@ -627,7 +627,7 @@ def peak_of_a_70b_step(blocks: int, tokens: int = 2048) -> tuple[int, int]:
         loaded = device.live_bytes
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         batch = SimpleNamespace(input_ids=ids, position_ids=torch.arange(tokens)[None], targets=ids)
-        batch_loss(base, batch, chunk_tokens=256).backward()
+        batch_losses(base, [batch], chunk_tokens=256)[0].backward()
         return loaded, device.peak_bytes
 
 

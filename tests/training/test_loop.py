@@ -242,8 +242,8 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(model, corpus, t
 
 
 def test_steps_without_finite_loss_are_skipped_and_then_stop_the_run(model, corpus, tmp_path, monkeypatch):
-    real = loop.batch_loss
-    monkeypatch.setattr(loop, "batch_loss", lambda *arguments: real(*arguments) * float("nan"))
+    real = loop.batch_losses
+    monkeypatch.setattr(loop, "batch_losses", lambda *given: [loss * float("nan") for loss in real(*given)])
     with pytest.raises(NonFiniteError, match="not finite 5 steps in a row"):
         train(recipe(model, corpus, tmp_path / "r"))
 
