@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit import recipe
-from qlora_kit.architectures import Architecture
+from qlora_kit.architectures import Architecture, architecture_of
 from qlora_kit.base import nf4
 from qlora_kit.base.device import free_bytes
 from qlora_kit.base.linear import FrozenLinear
@@ -169,9 +169,7 @@ def load_base(settings: recipe.Model, device: torch.device | str = "cpu", placem
     shards = Shards(find_shards(folder))
     packed = packed_weights(shards, architecture, config, source)
     settings = _as_stored(settings, packed, source)
-    model = build_on_meta(config, getattr(torch, settings.dtype), source)
-    _replace_linears(model, architecture, settings, packed)
-    _materialise_buffers(model, device)
+    model = build_frozen(config, settings, device, source, packed)
     homes = {f"{architecture.blocks}.{index}": placement.tier for index in streamed}
     in_files = _fill(model, architecture, shards, packed or {}, device, homes)
     model.eval().requires_grad_(False)
@@ -195,6 +193,25 @@ def _as_stored(settings: recipe.Model, packed: dict[str, PackedWeight] | None, s
         if getattr(settings, key) != value:
             note(f"{source}: model.{key} is {value} in this checkpoint; {getattr(settings, key)} is not used")
     return settings.model_copy(update=found)
+
+
+def build_frozen(
+    config: dict[str, Any],
+    settings: recipe.Model,
+    device: torch.device,
+    source: str,
+    packed: dict[str, PackedWeight] | None = None,
+) -> Any:
+    """transformers' model with a `FrozenLinear` for each linear of its blocks, its weights on meta, to be filled in.
+
+    Args:
+        packed: the 4-bit weights that the files hold, by name.
+    Raises: ModelError: transformers refuses the config.
+    """
+    model = build_on_meta(config, getattr(torch, settings.dtype), source)
+    _replace_linears(model, architecture_of(config, source), settings, packed)
+    _materialise_buffers(model, device)
+    return model
 
 
 def build_on_meta(config: dict[str, Any], dtype: torch.dtype, source: str) -> Any:
