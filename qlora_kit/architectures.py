@@ -57,6 +57,7 @@ class Architecture:
         output_norm: the MLP's output is normed before it joins the residual stream (OLMo 2, Gemma).
         rotary: q and k are new tensors after rotary embeddings; otherwise views of what the projection made.
         eager_attention: transformers has no fused attention for it, so the scores exist (Gemma 2 caps them).
+        window: config -> positions that (some) blocks look back, for which longer sequences need a mask; None: all.
         head: path of the output projection, [vocabulary, hidden]; the same tensor as the embedding when tied.
         tied_by_default: what an absent `tie_word_embeddings` means.
         transposed: weights are stored [in, out] (GPT-2's Conv1D).
@@ -80,6 +81,7 @@ class Architecture:
     output_norm: bool = False
     rotary: bool = True
     eager_attention: bool = False
+    window: Callable[[Config], int | None] = lambda config: None
     head: str = "lm_head"
     tied_by_default: bool = False
     transposed: bool = False
@@ -326,6 +328,13 @@ def _gpt2_outer(config: Config) -> list[TensorShape]:
     ]
 
 
+def _window(default: int | None) -> Callable[[Config], int | None]:
+    """`sliding_window`; null means none, and its absence the default."""
+    return lambda config: (
+        None if config.get("sliding_window", default) is None else dimension(config, "sliding_window", default=default)
+    )
+
+
 _TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
 _FOUR_NORMS = (*_TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 _GEMMA_HEADS = _Heads(kv_default=4, head_dim_default=256)
@@ -347,7 +356,7 @@ _LLAMA = Architecture(
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
-    "mistral": replace(_LLAMA, linears=_separate_linears(_Heads(kv_default=8))),
+    "mistral": replace(_LLAMA, linears=_separate_linears(_Heads(kv_default=8)), window=_window(4096)),
     "qwen2": replace(_LLAMA, linears=_separate_linears(_Heads(kv_default=32), qkv_bias=True)),
     "qwen3": replace(
         _LLAMA,
@@ -362,6 +371,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         output_norm=True,
         softcap_default=30.0,
         eager_attention=True,
+        window=_window(4096),
     ),
     "gemma3_text": replace(
         _LLAMA,
@@ -369,12 +379,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         block_tensors=_with_head_norms(_GEMMA_HEADS, *_FOUR_NORMS),
         tied_by_default=True,
         output_norm=True,
+        window=_window(4096),
     ),
     "phi3": replace(
         _LLAMA,
         linears=_phi3_linears,
         attention_in=("self_attn.qkv_proj",),
         mlp_in=("mlp.gate_up_proj",),
+        window=_window(None),
     ),
     "olmo2": replace(
         _LLAMA,

@@ -147,6 +147,9 @@ class Memory(_Section):
     resident_blocks: Annotated[Literal["auto"] | int, AfterValidator(_count)] = Field(
         "auto", description="with host or disk: blocks that live on the device all the same; auto: as many as fit"
     )
+    host_blocks: Annotated[Literal["auto"] | int, AfterValidator(_count)] = Field(
+        "auto", description="with disk: of the other blocks, how many live in host memory; auto: as many as fit there"
+    )
     embeddings: Literal["auto", "device", "host", "disk"] = Field(
         "auto", description="where embedding and head live; off the device their rows are fetched when used"
     )

@@ -65,7 +65,7 @@ output: runs/smollm2-gsm8k
 USERS_OWN = {"model.path", "data.train", "data.eval", "train.steps", "output"}
 ADDED = {  # later than the contract
     *("memory.resident_blocks", "memory.embeddings", "memory.keep_dequantized", "memory.micro_batches_together"),
-    *("model.dtype", "train.epochs", "train.trackers"),
+    *("memory.host_blocks", "model.dtype", "train.epochs", "train.trackers"),
 }
 CHOICES = [
     *[("model.quantization", value) for value in ("nf4", "fp4", "none")],

@@ -57,11 +57,24 @@ GPUS: dict[str, int] = {name: int(gib * GIB) for name, gib in _GPU_GIB.items()}
 
 @dataclass(frozen=True)
 class Device:
-    """Where the model lives: kind ("cuda", "cpu", "mps", "xpu"), what to call it, and its memory in bytes."""
+    """Where the model lives.
+
+    Attributes:
+        kind: "cuda", "cpu", "mps", "xpu".
+        name: what to call it.
+        memory_bytes: what a run may take of it.
+        beyond_bytes: what it has besides, where a budget leaves some of an accelerator.
+    """
 
     kind: str
     name: str
     memory_bytes: int
+    beyond_bytes: int = 0
+
+    @property
+    def installed_bytes(self) -> int:
+        """All of its memory, as far as it is known."""
+        return self.memory_bytes + self.beyond_bytes
 
     @property
     def runtime_bytes(self) -> int:
@@ -132,7 +145,8 @@ def device_for(wanted: str, gpu: str | None = None, budget_bytes: int | None = N
     device = find_gpu(gpu) if gpu is not None else _present_device(wanted, budget_bytes)
     if budget_bytes is None:
         return device
-    return Device(device.kind, device.name, min(device.memory_bytes, budget_bytes))
+    allowed = min(device.memory_bytes, budget_bytes)
+    return Device(device.kind, device.name, allowed, 0 if device.kind == "cpu" else device.memory_bytes - allowed)
 
 
 def _present_device(wanted: str, budget_bytes: int | None) -> Device:

@@ -1,40 +1,28 @@
 """The plan: whether a recipe fits, what each component and phase takes, and what to change if it does not.
 
 Why: a run that cannot fit is refused before torch is imported, in well under a second.
-How: config -> shapes -> components (components.py) -> phases -> peak against the device's memory (hardware.py). When it
-does not fit, simple changes are tried, each by planning again, so that every suggestion is one that was computed.
-All blocks are resident on the device. Imports no torch. Imported by the command line, training and profiling.
+How: config -> shapes -> what `auto` comes to (decide) -> what each phase takes (phases) -> peak against the device's
+memory (hardware). When it does not fit, changes are tried, each by planning again (suggest).
+Imports no torch. Imported by the command line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_kit.optimizers import OPTIMIZERS
-from qlora_kit.planning import components as ledger
-from qlora_kit.planning.components import DTYPE_BYTES, Ledger
-from qlora_kit.planning.hardware import Device, device_for, host_memory_bytes
+from qlora_kit.planning import components
+from qlora_kit.planning.components import Ledger
+from qlora_kit.planning.decide import decided, with_memory
+from qlora_kit.planning.hardware import Device, device_for
+from qlora_kit.planning.phases import Phase, peak_bytes, peak_moment, phases
+from qlora_kit.planning.quantities import host_blocks, resident_blocks
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
-from qlora_kit.recipe import Recipe
-from qlora_kit.units import format_bytes
+from qlora_kit.planning.suggest import Change, changed, suggestions
+from qlora_kit.recipe import Memory, Recipe
 
-SMALLEST_SUGGESTED_SEQ_LEN = 256
-SMALLEST_SUGGESTED_RANK = 8
-RESIDENT_SHARE = 0.95  # of the budget that may be filled up with resident blocks
-HOST_SHARE = 0.8  # of the host's memory that streamed blocks may take
-MERGED_DTYPE_BYTES = 2  # merge writes float16 unless told otherwise
-Change = dict[str, Any]  # dotted recipe key -> value
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Peak bytes of one phase: on the device, in host memory beside it, and written to disk."""
-
-    device_bytes: int
-    host_bytes: int
-    disk_bytes: int
+DECIDED = sorted(Memory.model_fields.keys() - {"budget", "loss_chunk_tokens"})  # keys that a plan gives to the run
 
 
 @dataclass(frozen=True)
@@ -44,10 +32,11 @@ class Plan:
     Attributes:
         device: what was planned for; its memory is the budget.
         components: bytes of each component at the training peak, on the device; they add up to the training phase.
-        peak_moment: which moment of a training step that is, "loss" or "block backward".
+        peak_moment: which moment of a training step that is, one of `moments.training_moments`.
         phases: load, train, eval, save, merge.
         trainable_parameters, base_parameters: of the adapter, of the base (a tied head counted once).
-        resident_blocks, streamed_blocks: where the blocks' 4-bit weights live.
+        resident_blocks, streamed_blocks, host_blocks: how many blocks' weights live on the device, how many elsewhere,
+            and how many of these in host memory (the rest on disk).
         settings: the recipe as it would run, every `auto` decided.
         suggestions: lines to follow when it does not fit, each with the figure it was planned to.
     """
@@ -60,6 +49,7 @@ class Plan:
     base_parameters: int
     resident_blocks: int
     streamed_blocks: int
+    host_blocks: int
     settings: dict[str, Any]
     suggestions: tuple[str, ...] = ()
 
@@ -95,9 +85,8 @@ class Plan:
         return 100 * self.trainable_parameters / self.total_parameters
 
     def placed(self, recipe: Recipe) -> Recipe:
-        """The recipe with its blocks where this plan has put them."""
-        decided = {key: self.settings["memory"][key] for key in ("placement", "resident_blocks")}
-        return recipe.model_copy(update={"memory": recipe.memory.model_copy(update=decided)})
+        """The recipe with its memory as this plan has decided it, as it is to run."""
+        return with_memory(recipe, **{key: self.settings["memory"][key] for key in DECIDED})
 
     def to_json(self) -> dict[str, Any]:
         """The object that `plan --json` prints and a run keeps as plan.json; schema 1 of the contract."""
@@ -136,190 +125,42 @@ def make_plan(recipe: Recipe, *, budget_bytes: int | None = None, gpu: str | Non
 
 def plan_shapes(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
     """Plan a recipe for known shapes and device; suggestions included when it does not fit."""
-    plan = _plan_placed(shapes, recipe, device)
+    plan = _plan(shapes, decided(shapes, recipe, device), device)
     if plan.fits:
         return plan
-    return replace(plan, suggestions=tuple(_suggestions(shapes, recipe, device)))
+
+    def needed(changed_recipe: Recipe) -> int:
+        return peak_bytes(shapes, decided(shapes, changed_recipe, device), device)
+
+    return replace(plan, suggestions=tuple(suggestions(recipe, device, needed)))
 
 
-def _plan_placed(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
-    return _plan_once(shapes, place_blocks(shapes, recipe, device), device)
-
-
-def place_blocks(shapes: ModelShapes, recipe: Recipe, device: Device) -> Recipe:
-    """The recipe with `memory.placement` and `memory.resident_blocks` decided: as much on the device as fits.
-
-    `auto` puts all blocks on the device; where they do not fit, the others into host memory, or else on disk. On a CPU
-    host memory is the device, so there the disk is the only other place. If nothing fits, all stay on the device: the
-    suggestions then say what else would help.
-    """
-    wanted = recipe.memory.placement
-    if wanted == "device":
-        return recipe
-    if wanted == "auto" and _plan_once(shapes, recipe, device).fits:
-        return changed(recipe, {"memory.placement": "device"})
-    on_host = (
-        device.kind != "cpu" and shapes.layers * ledger.block_weights(shapes, recipe) < HOST_SHARE * host_memory_bytes()
-    )
-    tier = wanted if wanted != "auto" else "host" if on_host else "disk"
-    placed = changed(recipe, {"memory.placement": tier})
-    if tier == "host" and device.kind == "cpu":  # the same memory
-        return placed if recipe.memory.resident_blocks != "auto" else changed(recipe, {"memory.placement": "device"})
-    if recipe.memory.resident_blocks == "auto":
-        placed = changed(placed, {"memory.resident_blocks": _most_resident(shapes, placed, device)})
-    if wanted == "auto" and not _plan_once(shapes, placed, device).fits:
-        return changed(recipe, {"memory.placement": "device"})
-    return placed
-
-
-def _most_resident(shapes: ModelShapes, recipe: Recipe, device: Device) -> int:
-    """Most resident blocks that leave some room for what is only estimated, at least one streamed; 0 if none does."""
-    few, many = 0, shapes.layers - 1
-    while few < many:
-        middle = -(-(few + many) // 2)
-        plan = _plan_once(shapes, changed(recipe, {"memory.resident_blocks": middle}), device)
-        fits = plan.peak_bytes <= RESIDENT_SHARE * plan.budget_bytes
-        few, many = (middle, many) if fits else (few, middle - 1)
-    return few
-
-
-def _plan_once(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
-    moments = ledger.training_moments(shapes, recipe, device.runtime_bytes)
-    peak_moment = max(moments, key=lambda name: ledger.total(moments[name]))
+def _plan(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
+    """The plan of a recipe without an `auto`."""
+    moment, ledger = peak_moment(shapes, recipe, device)
+    resident = resident_blocks(shapes, recipe)
     return Plan(
         device=device,
-        components=moments[peak_moment],
-        peak_moment=peak_moment,
-        phases=_phases(shapes, recipe, device, ledger.total(moments[peak_moment])),
-        trainable_parameters=ledger.trainable_parameters(shapes, recipe),
+        components=ledger,
+        peak_moment=moment,
+        phases=phases(shapes, recipe, device),
+        trainable_parameters=components.trainable_parameters(shapes, recipe),
         base_parameters=shapes.total_parameters,
-        resident_blocks=(resident := ledger.resident_blocks(shapes, recipe)),
+        resident_blocks=resident,
         streamed_blocks=shapes.layers - resident,
+        host_blocks=host_blocks(shapes, recipe),
         settings=_settings(recipe, device),
     )
 
 
-def _phases(shapes: ModelShapes, recipe: Recipe, device: Device, training_bytes: int) -> dict[str, Phase]:
-    """Each phase's peak. The interpreter, its libraries and the tokenized data are counted nowhere.
-
-    load: the base as it will lie, and one tensor on its way: the largest linear on the device before it is quantized,
-        the largest tensor on the host as read. Adapter and optimizer come later.
-    train: the highest moment of a step; block inputs on the host with activation offload, and there too the blocks of
-        placement `host`, or two pinned buffers for those of `disk`.
-    eval: as training without gradients, between two steps, so the optimizer's state is there.
-    save: the static part; adapter and optimizer state pass through host memory; disk holds the kept checkpoints, one
-        more while it is written, and the adapter on its own.
-    merge: a command of its own, on the host, tensor by tensor: the largest linear as stored, in fp32, its update in
-        fp32, and rounded, or the largest other tensor as stored and rounded; writes the whole model in 16 bits.
-    """
-    static = ledger.static_ledger(shapes, recipe, device.runtime_bytes)
-    base = sum(static[name] for name in ("base_nf4", "quant_constants", "base_unquantized", "runtime"))
-    largest, largest_linear = ledger.largest_tensor(shapes), ledger.largest_linear(shapes)
-    away = (shapes.layers - ledger.resident_blocks(shapes, recipe)) * ledger.block_weights(shapes, recipe)
-    streamed_bytes = away if recipe.memory.placement == "host" else 0
-    if recipe.memory.placement == "disk" and device.kind != "cpu":
-        streamed_bytes = ledger.slots(shapes, recipe)  # pinned, on the way from file to device
-    evaluation = ledger.evaluation_moments(shapes, recipe, device.runtime_bytes)
-    state = static["adapter"] + static["optimizer"]
-    kept = (recipe.train.keep_checkpoints + 1) * state + static["adapter"]
-    merging = max(largest_linear * 2 * (ledger.FP32 + MERGED_DTYPE_BYTES), largest * 2 * MERGED_DTYPE_BYTES)
-    return {
-        "load": Phase(base + ledger.workspace(shapes, recipe), largest * DTYPE_BYTES[recipe.model.dtype], 0),
-        "train": Phase(training_bytes, streamed_bytes + ledger.offloaded_activations(shapes, recipe), 0),
-        "eval": Phase(max(map(ledger.total, evaluation.values())), streamed_bytes, 0),
-        "save": Phase(ledger.total(static), state, kept),
-        "merge": Phase(0, merging, shapes.total_parameters * MERGED_DTYPE_BYTES),
-    }
-
-
 def _settings(recipe: Recipe, device: Device) -> dict[str, Any]:
-    """The recipe as it would run on the device: device, budget, placement, chunk and optimizer decided."""
+    """The recipe as it would run on the device: with device, budget, chunk and optimizer, it has no `auto` left."""
     unpaged = OPTIMIZERS[recipe.train.optimizer].unpaged
-    decided: Change = {
+    change: Change = {
         "train.device": device.kind,
         "memory.budget": device.memory_bytes,
-        "memory.placement": "device" if recipe.memory.placement == "auto" else recipe.memory.placement,
-        "memory.loss_chunk_tokens": ledger.loss_chunk_tokens(recipe),
+        "memory.loss_chunk_tokens": components.loss_chunk_tokens(recipe),
     }
     if unpaged is not None and device.kind != "cuda":
-        decided["train.optimizer"] = unpaged
-    return changed(recipe, decided).model_dump(mode="json")
-
-
-# --------------------------------------------------------------------------------------------- suggestions
-
-
-def changed(recipe: Recipe, change: Change) -> Recipe:
-    """The recipe with dotted keys set."""
-    values = recipe.model_dump()
-    for key, value in change.items():
-        section, _, name = key.partition(".")
-        values[section][name] = value
-    return Recipe.model_validate(values)
-
-
-def _changes(recipe: Recipe) -> Iterator[Change]:
-    """Single changes that save memory, the one that costs least first: nothing, then time, then what is learned."""
-    memory, train = recipe.memory, recipe.train
-    if memory.placement == "device":
-        yield {"memory.placement": "auto"}
-    if memory.loss_chunk_tokens != "auto":
-        yield {"memory.loss_chunk_tokens": "auto"}
-    if train.micro_batch > 1:
-        yield {"train.micro_batch": 1, "train.grad_accumulation": train.grad_accumulation * train.micro_batch}
-    if OPTIMIZERS[train.optimizer].state_bits > 8:
-        yield {"train.optimizer": "paged_adamw_8bit"}
-    if not memory.gradient_checkpointing:
-        yield {"memory.gradient_checkpointing": True}
-    if recipe.model.quantization == "none":
-        yield {"model.quantization": "nf4", "model.double_quant": True}
-    elif not recipe.model.double_quant:
-        yield {"model.double_quant": True}
-    shorter = recipe.data.seq_len // 2
-    while shorter >= SMALLEST_SUGGESTED_SEQ_LEN:
-        yield {"data.seq_len": shorter}
-        shorter //= 2
-    smaller = recipe.adapter.rank // 2
-    while smaller >= SMALLEST_SUGGESTED_RANK:
-        yield {"adapter.rank": smaller, "adapter.alpha": recipe.adapter.alpha * smaller / recipe.adapter.rank}
-        smaller //= 2
-
-
-def _line(change: Change, plan: Plan) -> str:
-    """The change as `--set` options to paste, with the peak that it was planned to."""
-    options = " ".join(f"--set {key}={_text(value)}" for key, value in change.items())
-    return f"{options}   ({format_bytes(plan.peak_bytes)} at the peak)"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _suggestions(shapes: ModelShapes, recipe: Recipe, device: Device) -> Iterator[str]:
-    """Changes that make it fit: each that does alone (the mildest of a key), else the fewest first ones together.
-
-    Every line was planned; if all of them together are not enough, the last line says what would be.
-    """
-    together: Change = {}
-    alone: set[str] = set()
-    for change in _changes(recipe):
-        key = next(iter(change))
-        plan = _plan_placed(shapes, changed(recipe, change), device)
-        if key not in alone and plan.fits:
-            alone.add(key)
-            yield _line(change, plan)
-    if alone:
-        return
-    smallest = _plan_placed(shapes, recipe, device)
-    for change in _changes(recipe):
-        plan = _plan_placed(shapes, changed(recipe, together | change), device)
-        if plan.peak_bytes < smallest.peak_bytes:
-            together, smallest = together | change, plan
-        if smallest.fits:
-            yield _line(together, smallest)
-            return
-    needed = f"no change of these settings makes it fit: the least is {format_bytes(smallest.peak_bytes)}"
-    with_what = f" with {_line(together, smallest).partition('   ')[0]}" if together else ""
-    yield f"{needed}{with_what}; take a device with more memory, or a smaller model"
+        change["train.optimizer"] = unpaged
+    return changed(recipe, change).model_dump(mode="json")

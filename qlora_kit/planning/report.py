@@ -23,12 +23,17 @@ MEANINGS = {
     "adapter": "LoRA A and B",
     "gradients": "of A and B",
     "optimizer": "both moments of A and B",
-    "activations": "kept for backward (estimated)",
-    "logits": "one chunk of the loss (estimated)",
-    "workspace": "a linear, dequantized (estimated)",
+    "activations": "kept for backward, a block's own",
+    "logits": "one chunk of the loss",
+    "workspace": "dequantized and incoming weights",
     "runtime": "CUDA context, allocator (estimated)",
 }
-MOMENTS = {"loss": "the loss", "block backward": "one block's backward"}
+MOMENTS = {
+    "loss": "the loss",
+    "final norm": "the backward of the final norm",
+    "kept block backward": "the backward of a block that kept its activations",
+    "block backward": "one block's backward",
+}
 
 
 def bar(part: int, whole: int, cells: int = BAR_CELLS) -> str:
@@ -56,9 +61,30 @@ def parameters_line(plan: Plan) -> str:
 
 
 def placement_line(plan: Plan) -> str:
-    """Where the blocks live, when not all of them are on the device."""
-    where = {"host": "host memory", "disk": "disk"}[plan.settings["memory"]["placement"]]
-    return f"blocks: {plan.resident_blocks} on the device, {plan.streamed_blocks} streamed from {where}"
+    """Where the blocks live, when not all of them are on the device; embedding and head, when they are not."""
+    counts = {
+        "on the device": plan.resident_blocks,
+        "streamed from host memory": plan.host_blocks,
+        "streamed from disk": plan.streamed_blocks - plan.host_blocks,
+    }
+    blocks = ", ".join(f"{count} {where}" for where, count in counts.items() if count or where == "on the device")
+    where = {"host": "; embedding and head in host memory", "disk": "; embedding and head on disk"}
+    return f"blocks: {blocks}{where.get(plan.settings['memory']['embeddings'], '')}"
+
+
+def passage_line(plan: Plan) -> str:
+    """What is recomputed, kept and offloaded, and how micro-batches pass the blocks."""
+    memory, layers = plan.settings["memory"], plan.resident_blocks + plan.streamed_blocks
+    wanted = memory["gradient_checkpointing"]
+    recomputed = layers * wanted if isinstance(wanted, bool) else min(wanted, layers)
+    parts = [f"{recomputed} of {layers} blocks recomputed in backward"]
+    if memory["keep_dequantized"]:
+        parts.append("a block's weights kept dequantized meanwhile")
+    if memory["activation_offload"]:
+        parts.append(f"their inputs {'in host memory' if memory['activation_offload'] == 'host' else 'on disk'}")
+    group = memory["micro_batches_together"]
+    parts.append(f"{group} micro-batches pass a block together" if group > 1 else "one micro-batch at a time")
+    return "; ".join(parts)
 
 
 def _component_table(plan: Plan) -> Table:
@@ -105,8 +131,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_component_table(plan))
     console.print(_phase_table(plan))
     console.print(Text(parameters_line(plan)))
-    if plan.streamed_blocks:
-        console.print(Text(placement_line(plan)))
+    console.print(Text(placement_line(plan)))
+    console.print(Text(passage_line(plan)))
     console.print(Text(verdict(plan), style="bold green" if plan.fits else "bold red"))
     for suggestion in plan.suggestions:
         console.print(Text(f"  {'fits with: ' if suggestion.startswith('--set') else ''}{suggestion}"), soft_wrap=True)

@@ -51,6 +51,7 @@ class ModelShapes:
         hidden, heads, layers, vocabulary: width of the residual stream, query heads, blocks, rows of the embedding.
         tied: head and embedding are one tensor, counted once.
         softcap: cap on the logits, or None.
+        window: positions that some blocks look back, or None: all.
         linears: the linears of one block (all blocks are alike).
         block_tensors: what else one block holds, names relative to the block; biases of the linears included.
         outer_tensors: tensors outside the blocks, with the embedding, and with the head unless tied; absolute names.
@@ -67,6 +68,7 @@ class ModelShapes:
     linears: tuple[LinearShape, ...]
     block_tensors: tuple[TensorShape, ...]
     outer_tensors: tuple[TensorShape, ...]
+    window: int | None = None
 
     def linear(self, name: str) -> LinearShape:
         """The linear of that name, relative to the block."""
@@ -129,6 +131,7 @@ def model_shapes(config: Config, source: str) -> ModelShapes:
             linears=linears,
             block_tensors=(*biases, *row.block_tensors(config)),
             outer_tensors=((f"{row.embedding}.weight", table), *row.outer_tensors(config), *head),
+            window=row.window(config),
         )
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from None

@@ -45,9 +45,9 @@ NON_FINITE_LIMIT = 5  # steps in a row that may be skipped
 # Keys that change where a run lives or how often it speaks, but not one bit of its result.
 FREE_KEYS = frozenset(
     "model.path model.revision data.train data.eval memory.budget memory.placement memory.resident_blocks "
-    "memory.embeddings memory.gradient_checkpointing memory.activation_offload memory.keep_dequantized "
-    "memory.micro_batches_together train.eval_every train.save_every train.keep_checkpoints train.trackers "
-    "train.device output".split()
+    "memory.host_blocks memory.embeddings memory.gradient_checkpointing memory.activation_offload "
+    "memory.keep_dequantized memory.micro_batches_together train.eval_every train.save_every train.keep_checkpoints "
+    "train.trackers train.device output".split()
 )
 
 

@@ -8,8 +8,20 @@ import pytest
 from rich.console import Console
 
 from qlora_kit.planning.components import COMPONENTS
+from qlora_kit.planning.moments import training_moments
 from qlora_kit.planning.planner import Plan, make_plan
-from qlora_kit.planning.report import BAR_CELLS, MEANINGS, MOMENTS, bar, parameters_line, print_plan, verdict
+from qlora_kit.planning.report import (
+    BAR_CELLS,
+    MEANINGS,
+    MOMENTS,
+    bar,
+    parameters_line,
+    passage_line,
+    placement_line,
+    print_plan,
+    verdict,
+)
+from qlora_kit.planning.shapes import model_shapes, read_config
 from qlora_kit.recipe import recipe_for_model
 
 
@@ -52,14 +64,39 @@ def test_bars_of_a_plan_that_does_not_fit_show_how_far_it_is() -> None:
     assert lines["total"].count("█") == BAR_CELLS > lines["limit"].count("█") > 0
 
 
-def test_streamed_blocks_are_said() -> None:
-    made = make_plan(recipe_for_model("llama-3.1-70b", ["memory.placement=disk"]), gpu="rtx-4090")
-    assert f"blocks: {made.resident_blocks} on the device, {made.streamed_blocks} streamed from disk" in printed(made)
+def test_where_blocks_and_embeddings_live_is_said() -> None:
+    settings = ["memory.placement=disk", "memory.resident_blocks=3", "memory.host_blocks=5", "memory.embeddings=host"]
+    made = make_plan(recipe_for_model("llama-3.1-70b", settings), gpu="rtx-4090")
+    where = (
+        "blocks: 3 on the device, 5 streamed from host memory, 72 streamed from disk; embedding and head in host memory"
+    )
+    assert placement_line(made) == where
+    assert placement_line(plan()) == "blocks: 32 on the device"
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (("keep_dequantized=false",), "32 of 32 blocks recomputed in backward; one micro-batch at a time"),
+        (
+            ("gradient_checkpointing=5", "keep_dequantized=true"),
+            "5 of 32 blocks recomputed in backward; a block's weights",
+        ),
+        (("activation_offload=disk",), "; their inputs on disk; "),
+        (("micro_batches_together=4",), "; 4 micro-batches pass a block together"),
+    ],
+)
+def test_how_the_blocks_are_passed_is_said(settings: tuple[str, ...], line: str) -> None:
+    made = plan("data.seq_len=2048", *(f"memory.{setting}" for setting in settings))
+    assert line in passage_line(made)
+    assert passage_line(made) in printed(made, width=300)
 
 
 def test_every_component_and_moment_is_explained() -> None:
     assert tuple(MEANINGS) == COMPONENTS
-    assert plan().peak_moment in MOMENTS
+    for recomputed in ("true", "false", "3"):
+        recipe = recipe_for_model("llama-7b", [f"memory.gradient_checkpointing={recomputed}"])
+        assert training_moments(model_shapes(*read_config("llama-7b")), recipe, 0).keys() <= MOMENTS.keys()
 
 
 def test_a_name_with_brackets_is_printed_as_it_is() -> None:

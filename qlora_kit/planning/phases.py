@@ -1,0 +1,114 @@
+"""What each phase of a run takes at its peak: on the device, in host memory beside it, and on disk.
+
+Why: a run must fit from loading to merging, and what leaves the device lands somewhere. How: the highest moment of each
+phase (planning/moments), and the places of what streaming and offload keep away. On a CPU the host is the device, so
+there nothing is counted beside it but what passes through. The interpreter, its libraries and the tokenized data are
+counted nowhere. Imports no torch. Imported by planning/decide and planning/planner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlora_kit.planning import activations, components
+from qlora_kit.planning.components import Ledger
+from qlora_kit.planning.hardware import Device
+from qlora_kit.planning.moments import evaluation_moments, static_ledger, total, training_moments
+from qlora_kit.planning.quantities import (
+    FP32,
+    host_blocks,
+    is_quantized,
+    resident_blocks,
+    value_bytes,
+    vocabulary_parameters,
+)
+from qlora_kit.planning.shapes import ModelShapes
+from qlora_kit.recipe import Recipe
+
+MERGED_DTYPE_BYTES = 2  # merge writes float16 unless told otherwise
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Peak bytes of one phase: on the device, in host memory beside it, and written to disk."""
+
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+
+
+def peak_bytes(shapes: ModelShapes, recipe: Recipe, device: Device) -> int:
+    """Most that any phase needs on the device."""
+    return max(phase.device_bytes for phase in phases(shapes, recipe, device).values())
+
+
+def peak_moment(shapes: ModelShapes, recipe: Recipe, device: Device) -> tuple[str, Ledger]:
+    """The highest moment of a training step, and what is on the device then."""
+    moments = training_moments(shapes, recipe, device.runtime_bytes)
+    name = max(moments, key=lambda moment: total(moments[moment]))
+    return name, moments[name]
+
+
+def phases(shapes: ModelShapes, recipe: Recipe, device: Device) -> dict[str, Phase]:
+    """Each phase's peak.
+
+    load: the base as it will lie, and on the device one tensor on its way, the largest linear before it is quantized,
+        or else the slots; on the host the largest tensor as read, and what will stay there, of which one block twice.
+        Adapter and optimizer come later.
+    train: the highest moment of a step; on the host what `away_bytes` says; the file of offloaded block inputs.
+    eval: as training without gradients, between two steps, so the optimizer's state is there.
+    save: the static part; adapter and optimizer state pass through host memory; disk holds the kept checkpoints, one
+        more while it is written, and the adapter on its own.
+    merge: a command of its own, on the host, tensor by tensor: the largest linear as stored, in fp32, its update in
+        fp32, and rounded, or the largest other tensor as stored and rounded; writes the whole model in 16 bits.
+    """
+    static = static_ledger(shapes, recipe, device.runtime_bytes)
+    evaluation = evaluation_moments(shapes, recipe, device.runtime_bytes)
+    largest, largest_linear = components.largest_tensor(shapes), components.largest_linear(shapes)
+    away, offloaded = away_bytes(shapes, recipe, device), activations.offloaded_inputs(shapes, recipe, "disk")
+    state = static["adapter"] + static["optimizer"]
+    kept = (recipe.train.keep_checkpoints + 1) * state + static["adapter"]
+    merging = max(largest_linear * 2 * (FP32 + MERGED_DTYPE_BYTES), largest * 2 * MERGED_DTYPE_BYTES)
+    training = total(peak_moment(shapes, recipe, device)[1])
+    return {
+        "load": _load(shapes, recipe, device, static),
+        "train": Phase(training, away + offloaded_bytes(shapes, recipe, device), offloaded),
+        "eval": Phase(max(map(total, evaluation.values())), away, 0),
+        "save": Phase(total(static), away + state, kept),
+        "merge": Phase(0, merging, shapes.total_parameters * MERGED_DTYPE_BYTES),
+    }
+
+
+def _load(shapes: ModelShapes, recipe: Recipe, device: Device, static: Ledger) -> Phase:
+    base = sum(static[name] for name in ("base_nf4", "quant_constants", "base_unquantized", "runtime"))
+    arriving = components.largest_linear(shapes) * value_bytes(recipe) if is_quantized(recipe) else 0
+    read = components.largest_tensor(shapes) * value_bytes(recipe)
+    away = away_bytes(shapes, recipe, device)
+    twice = components.block_weights(shapes, recipe) if away and host_blocks(shapes, recipe) else 0
+    return Phase(base + max(arriving, components.slots(shapes, recipe)), away + twice + read, 0)
+
+
+def away_bytes(shapes: ModelShapes, recipe: Recipe, device: Device) -> int:
+    """Host memory beside an accelerator that weights take: blocks, embedding and head, and what comes from files.
+
+    Blocks and chunks of the head that are read from files pass through as many pinned bytes as their slots have.
+    """
+    if device.kind == "cpu":
+        return 0
+    on_host = host_blocks(shapes, recipe)
+    on_disk = shapes.layers - resident_blocks(shapes, recipe) - on_host
+    weights = on_host * components.slot_bytes(shapes, recipe)
+    staging = components.slots(shapes, recipe) if on_disk else 0
+    tables = {
+        "host": vocabulary_parameters(shapes) * value_bytes(recipe),
+        "disk": components.head_slots(shapes, recipe),
+    }
+    return weights + staging + tables.get(recipe.memory.embeddings, 0)
+
+
+def offloaded_bytes(shapes: ModelShapes, recipe: Recipe, device: Device) -> int:
+    """Host memory beside an accelerator that block inputs take, or pass through on their way to a file."""
+    if device.kind == "cpu":
+        return 0
+    staging = activations.offload_staging(shapes, recipe)
+    return activations.offloaded_inputs(shapes, recipe, "host") + staging

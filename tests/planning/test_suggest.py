@@ -1,0 +1,72 @@
+"""Suggestions were planned: a line that is followed fits."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora_kit.planning.planner import Plan, make_plan
+from qlora_kit.recipe import recipe_for_model
+
+GIB = 2**30
+
+
+def plan(model: str, *overrides: str, gib: float = 1000) -> Plan:
+    return make_plan(recipe_for_model(model, ("train.device=cuda", *overrides)), budget_bytes=int(gib * GIB))
+
+
+GREEDY = ("train.micro_batch=4", "memory.gradient_checkpointing=false", "memory.loss_chunk_tokens=full")
+
+
+def options(suggestion: str) -> list[str]:
+    return [word for word in suggestion.partition("   ")[0].split() if word != "--set"]
+
+
+def test_a_plan_that_fits_suggests_nothing() -> None:
+    assert plan("llama-2-7b", gib=23.5).fits
+    assert plan("llama-2-7b", gib=23.5).suggestions == ()
+
+
+@pytest.mark.parametrize("gib", [6, 8, 12, 20])
+def test_every_suggested_line_fits_when_it_is_followed(gib: float) -> None:
+    greedy = plan("llama-2-7b", *GREEDY, gib=gib)
+    assert not greedy.fits
+    assert greedy.suggestions
+    assert all(plan("llama-2-7b", *GREEDY, *options(line), gib=gib).fits for line in greedy.suggestions)
+
+
+def test_a_smaller_micro_batch_keeps_the_tokens_of_a_step() -> None:
+    lines = plan("llama-2-7b", "train.micro_batch=16", "train.grad_accumulation=2", gib=8).suggestions
+    assert any("--set train.micro_batch=1 --set train.grad_accumulation=32" in line for line in lines)
+
+
+def test_an_unquantized_base_that_does_not_fit_is_told_of_nf4() -> None:
+    recipe = ("model.quantization=none", "memory.placement=device")
+    assert any("--set model.quantization=nf4" in line for line in plan("llama-2-7b", *recipe, gib=8).suggestions)
+
+
+def test_what_cannot_fit_says_what_the_least_would_be() -> None:
+    (line,) = plan("llama-3.1-405b", gib=2).suggestions
+    assert "no change of these settings makes it fit: the least is" in line
+
+
+@pytest.mark.parametrize(
+    ("given", "suggested"),
+    [
+        ("memory.placement=device", "--set memory.placement=auto"),
+        ("memory.resident_blocks=30", "--set memory.resident_blocks=auto"),
+        ("memory.keep_dequantized=true", "--set memory.keep_dequantized=auto"),
+        ("memory.gradient_checkpointing=8", "--set memory.gradient_checkpointing=auto"),
+        ("memory.micro_batches_together=8", "--set memory.micro_batches_together=auto"),
+        ("data.seq_len=3072", "--set memory.activation_offload=host"),
+    ],
+)
+def test_a_switch_that_is_the_reason_is_suggested(given: str, suggested: str) -> None:
+    tight = ("memory.placement=host", "data.seq_len=2048", "memory.embeddings=host")
+    fits, greedy = plan("llama-2-7b", *tight, gib=2.2), plan("llama-2-7b", *tight, given, gib=2.2)
+    assert fits.fits and not greedy.fits
+    assert any(line.startswith(suggested) for line in greedy.suggestions), greedy.suggestions
+
+
+def test_embeddings_that_must_stay_are_told_that_they_need_not() -> None:
+    greedy = plan("llama-3.1-70b", "memory.embeddings=device", "data.seq_len=512", gib=7)
+    assert any(line.startswith("--set memory.embeddings=auto") for line in greedy.suggestions)
