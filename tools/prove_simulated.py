@@ -1,0 +1,223 @@
+"""Does the plan hold? Steps of the real training code on a simulated accelerator, planned peak beside measured peak.
+
+    python tools/prove_simulated.py                      every case, one after the other
+    python tools/prove_simulated.py 70b-24 7b-3          some of them
+    python tools/prove_simulated.py --json > proof.json
+
+Why: there is no GPU here, and what fits on one is the point of this kit. How: the planner decides for a card and a
+budget as `plan` does; then transformers' model, the streamer, the loop and bitsandbytes' 8-bit optimizer run a step on
+the simulated device, whose memory is the budget less what a CUDA context takes: one byte more is an error. Tensors
+have shapes and bytes but no values, so a step of a 70B takes seconds and no memory. What an allocator loses to
+fragmentation, and what kernels take inside, is not simulated. Imported by: tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_kit.base.loader import Placement
+from qlora_kit.data.tokenize import Example
+from qlora_kit.planning.hardware import GIB, Device
+from qlora_kit.planning.planner import Plan, plan_shapes
+from qlora_kit.planning.shapes import catalogue, model_shapes, read_config
+from qlora_kit.profiling.simulated_device import simulated_device
+from qlora_kit.profiling.unfilled import unfilled_base
+from qlora_kit.recipe import Recipe, recipe_for_model
+from qlora_kit.training.loop import Run, assemble, train_step
+from qlora_kit.training.signals import StopRequest
+from qlora_kit.units import format_bytes
+
+DEVICE = "simgpu"
+DOCUMENTS = 2  # that share a packed row, so that attention needs its mask
+STEP = (
+    "train.optimizer=adamw_8bit",
+    "train.grad_accumulation=2",
+    "adapter.rank=16",
+    "adapter.target_modules=all-linear",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model on one card.
+
+    Attributes:
+        card_gib, budget_gib: what the card has, and what of it the run may take.
+        host_gib: memory of the host that is free.
+        layers: blocks of the model, if not as many as it has.
+    """
+
+    name: str
+    model: str
+    card_gib: float
+    budget_gib: float
+    overrides: tuple[str, ...] = ()
+    host_gib: float = 64
+    layers: int | None = None
+
+
+LLAMA_70B = "llama-3.1-70b"  # Llama-3-70B has the same shapes
+CASES = [
+    Case("70b-24", LLAMA_70B, 24, 22.5, ("data.seq_len=2048",)),
+    Case("70b-24-4096", LLAMA_70B, 24, 22.5, ("data.seq_len=4096",)),
+    Case("70b-24-host-24", LLAMA_70B, 24, 22.5, ("data.seq_len=2048",), host_gib=24),
+    Case("70b-32", LLAMA_70B, 32, 30, ("data.seq_len=2048",)),
+    Case("70b-16", LLAMA_70B, 16, 15, ("data.seq_len=2048",)),
+    Case("70b-8", LLAMA_70B, 8, 7.5, ("data.seq_len=1024",)),
+    Case("7b-3", "llama-2-7b", 3, 2.8, ("data.seq_len=512",)),
+    Case("405b-24", "llama-3.1-405b", 24, 22.5, ("data.seq_len=1024",)),
+]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was planned and what was measured, bytes; the device's without the runtime that is not simulated."""
+
+    case: str
+    budget_bytes: int
+    resident_blocks: int
+    host_blocks: int
+    disk_blocks: int
+    together: int
+    planned_bytes: int
+    measured_bytes: int
+    planned_host_bytes: int
+    measured_host_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes at the peak of a step: on the device, and pinned on the host."""
+
+    device_bytes: int
+    host_bytes: int
+
+
+def examples(recipe: Recipe) -> list[Example]:
+    """As many as a step takes, as long as they may be, every token learned."""
+    documents = DOCUMENTS if recipe.data.packing else 1
+    tokens = [1] * (recipe.data.seq_len // documents)
+    rows = recipe.train.micro_batch * recipe.train.grad_accumulation
+    return [Example(tokens, tokens, f"row {number}") for number in range(rows * documents)]
+
+
+def measure(recipe: Recipe, limit_bytes: int | None = None) -> Measured:
+    """One optimizer step of a recipe without `auto`, after the optimizer has its state.
+
+    Raises: torch.OutOfMemoryError: it takes more than `limit_bytes`.
+    """
+    memory = recipe.memory
+    placement = Placement(str(memory.placement), int(memory.resident_blocks))
+    with simulated_device(limit_bytes, shapes_only=True) as device:
+        base = unfilled_base(recipe.model, DEVICE, placement, int(memory.host_blocks))
+        run = assemble(recipe, base, examples(recipe), [], StopRequest())
+        make_optimizer_state(run)
+        device.reset_peak()
+        train_step(run)
+        return Measured(device.peak_bytes, device.pinned_bytes)
+
+
+def make_optimizer_state(run: Run) -> None:
+    """Its state is made in an optimizer's first step: one with gradients of zero, which needs no forward."""
+    for parameter in run.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def plan_case(case: Case, model: str) -> tuple[Recipe, Plan]:
+    """The recipe as it runs, and its plan."""
+    from unittest import mock
+
+    wanted = recipe_for_model(model, [*STEP, *case.overrides])
+    card, budget = int(case.card_gib * GIB), int(case.budget_gib * GIB)
+    device = Device("cuda", f"{case.card_gib:g} GiB card", budget, card - budget)
+    with mock.patch("qlora_kit.planning.decide.host_memory_bytes", lambda: int(case.host_gib * GIB)):
+        plan = plan_shapes(model_shapes(*read_config(model)), wanted, device)
+    return plan.placed(wanted), plan
+
+
+def prove(case: Case) -> Proof:
+    """Plan a case, then run it on a device that has what was allowed and no more.
+
+    Raises: torch.OutOfMemoryError: the plan did not hold.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        recipe, plan = plan_case(case, _model(case, Path(folder)))
+        runtime, started = plan.components["runtime"], time.monotonic()
+        measured = measure(recipe, plan.budget_bytes - runtime)
+    return Proof(
+        case=case.name,
+        budget_bytes=plan.budget_bytes - runtime,
+        resident_blocks=plan.resident_blocks,
+        host_blocks=plan.host_blocks,
+        disk_blocks=plan.streamed_blocks - plan.host_blocks,
+        together=recipe.memory.micro_batches_together if isinstance(recipe.memory.micro_batches_together, int) else 1,
+        planned_bytes=plan.peak_bytes - runtime,
+        measured_bytes=measured.device_bytes,
+        planned_host_bytes=plan.phases["train"].host_bytes,
+        measured_host_bytes=measured.host_bytes,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _model(case: Case, folder: Path) -> str:
+    """A name of the catalogue, or a folder with its config and another depth."""
+    if case.layers is None:
+        return case.model
+    config: dict[str, Any] = catalogue()[case.model]["config"] | {"num_hidden_layers": case.layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def lines(proofs: Sequence[Proof]) -> Iterator[str]:
+    """A Markdown table."""
+    columns = "case, blocks on device / host / disk, together, allowed, planned, measured, planned / measured"
+    heads = [*columns.split(", "), "host planned", "host measured", "s"]
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
+    for proof in proofs:
+        sizes = (proof.budget_bytes, proof.planned_bytes, proof.measured_bytes)
+        hosts = (proof.planned_host_bytes, proof.measured_host_bytes)
+        cells = [
+            proof.case,
+            f"{proof.resident_blocks} / {proof.host_blocks} / {proof.disk_blocks}",
+            str(proof.together),
+            *map(format_bytes, sizes),
+            f"{proof.planned_bytes / proof.measured_bytes:.4f}",
+            *map(format_bytes, hosts),
+            f"{proof.seconds:.0f}",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    names = [case.name for case in CASES]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(names))
+    parser.add_argument("--json", action="store_true", help="bytes and seconds of every case")
+    given = parser.parse_args(arguments)
+    if unknown := set(given.cases) - set(names):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    proofs = []
+    for case in CASES:
+        if not given.cases or case.name in given.cases:
+            print(f"{case.name}: {case.model}, {' '.join(case.overrides)}", file=sys.stderr)
+            proofs.append(prove(case))
+    print(json.dumps([asdict(proof) for proof in proofs], indent=2) if given.json else "\n".join(lines(proofs)))
+
+
+if __name__ == "__main__":
+    main()
