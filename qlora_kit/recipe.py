@@ -29,6 +29,7 @@ from qlora_kit.optimizers import OPTIMIZERS
 from qlora_kit.units import parse_bytes
 
 RECIPE_BYTES_LIMIT = 1 << 20
+AUTO_MLP_TILE_TOKENS = 1024
 
 
 def _size(value: Any) -> Any:
@@ -127,7 +128,7 @@ def _offload(value: Any) -> Any:
     return value
 
 
-def _loss_chunk(value: Any) -> Any:
+def _token_count(value: Any) -> Any:
     if value not in ("auto", "full") and not (isinstance(value, int) and value > 0):
         raise ValueError(f"auto, full or a positive number of tokens, found {value!r}")
     return value
@@ -159,12 +160,22 @@ class Memory(_Section):
     keep_dequantized: Literal["auto"] | bool = Field(
         "auto", description="within a block's backward, keep its weights from the recomputation to their use"
     )
+    mlp_tile_tokens: Annotated[Literal["auto", "full"] | int, BeforeValidator(_token_count)] = Field(
+        "auto", description="tokens whose MLP activations exist at a time in a block's backward; full: all of them"
+    )
     micro_batches_together: Annotated[Literal["auto"] | int, AfterValidator(_together)] = Field(
         "auto", description="micro-batches that pass a block before any passes the next: it is fetched once for them"
     )
-    loss_chunk_tokens: Annotated[Literal["auto", "full"] | int, BeforeValidator(_loss_chunk)] = Field(
+    loss_chunk_tokens: Annotated[Literal["auto", "full"] | int, BeforeValidator(_token_count)] = Field(
         "auto", description="tokens whose logits exist at a time; full: all of them"
     )
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens of a tile of an MLP; 0: all. The same for any budget, since sums over tiles depend on it."""
+        if isinstance(self.mlp_tile_tokens, int):
+            return self.mlp_tile_tokens
+        return AUTO_MLP_TILE_TOKENS if self.mlp_tile_tokens == "auto" else 0
 
 
 class Train(_Section):

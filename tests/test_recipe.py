@@ -65,6 +65,7 @@ output: runs/smollm2-gsm8k
 USERS_OWN = {"model.path", "data.train", "data.eval", "train.steps", "output"}
 ADDED = {  # later than the contract
     *("memory.resident_blocks", "memory.embeddings", "memory.keep_dequantized", "memory.micro_batches_together"),
+    "memory.mlp_tile_tokens",
     *("model.dtype", "train.epochs", "train.trackers"),
 }
 CHOICES = [
@@ -79,6 +80,7 @@ CHOICES = [
     *[("memory.gradient_checkpointing", value) for value in ("true", "false", "auto", "0", "12")],
     *[("memory.activation_offload", value) for value in ("false", "true", "host", "disk")],
     *[("memory.keep_dequantized", value) for value in ("auto", "true", "false")],
+    *[("memory.mlp_tile_tokens", value) for value in ("auto", "full", "512")],
     *[("memory.micro_batches_together", value) for value in ("auto", "1", "8")],
     *[("memory.loss_chunk_tokens", value) for value in ("auto", "full", "512")],
     *[("train.optimizer", value) for value in ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw")],

@@ -24,6 +24,7 @@ from qlora_kit.adapters.lora import DropoutSeed
 from qlora_kit.base.linear import FrozenLinear
 from qlora_kit.base.loader import Base
 from qlora_kit.base.workspace import aligned
+from qlora_kit.training.tiles import TokenWise
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Passage:
     Attributes:
         recomputed: how many blocks, the first ones, are recomputed in backward; the others keep their activations,
             which are free again when the recomputed ones need room.
+        tile_tokens: positions of a tile of an MLP, 0: all; see `tiles`.
         keep_dequantized: keep a block's weights from the recomputation to their use, and from one micro-batch to the
             next.
         dropout_seed: of the adapter, set anew for each micro-batch.
@@ -86,6 +88,7 @@ class Passage:
     """
 
     recomputed: int
+    tile_tokens: int = 0
     keep_dequantized: bool = False
     dropout_seed: DropoutSeed = field(default_factory=DropoutSeed)
     intercept: Callable[[int, Tensor, Call], Tensor] | None = None
@@ -103,6 +106,20 @@ class BlockRunner:
         self._dense_bytes = sum(aligned(linear.dense_bytes) for linear in self._linears)
         row = base.architecture
         self._last: Any = None if row.output_norm else self.block.get_submodule(row.mlp_out)
+        self._run_tokens_apart()
+
+    def _run_tokens_apart(self) -> None:
+        """Put a `TokenWise` before the MLP, unless its output is needed in backward, and before each RMS norm."""
+        row, settings = self.base.architecture, self.settings
+        modules = {row.mlp_out.rpartition(".")[0]} if self._last is not None else set()
+        if row.layer_norm_copies is None:
+            modules |= {name for name, module in self.block.named_modules() if name.endswith("norm")}
+        for name in modules:
+            module, last = self.block.get_submodule(name), self._last if row.mlp_out.startswith(name) else None
+            if isinstance(module.__dict__.get("forward"), TokenWise):
+                del module.forward
+            recomputes = self.recomputes or last is None
+            module.forward = TokenWise(module, settings.tile_tokens, recomputes, settings.dropout_seed, last)
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call = Call(args, kwargs, self.settings.dropout_seed.key)
@@ -176,6 +193,7 @@ def attach(
     base: Base,
     recomputed: int | bool = True,
     *,
+    tile_tokens: int = 0,
     keep_dequantized: bool = False,
     dropout_seed: DropoutSeed | None = None,
 ) -> None:
@@ -183,11 +201,11 @@ def attach(
 
     Args:
         recomputed: how many blocks are recomputed in backward; True: all, False: none.
-        keep_dequantized, dropout_seed: see `Passage`.
+        tile_tokens, keep_dequantized, dropout_seed: see `Passage`.
     """
     blocks = base.blocks()
     count = len(blocks) * recomputed if isinstance(recomputed, bool) else recomputed
-    settings = Passage(count, keep_dequantized, dropout_seed or DropoutSeed())
+    settings = Passage(count, tile_tokens, keep_dequantized, dropout_seed or DropoutSeed())
     for index, block in enumerate(blocks):
         if isinstance(block.__dict__.get("forward"), BlockRunner):
             del block.forward

@@ -138,8 +138,13 @@ def assemble(
     dropout_seed = inject(base, recipe.adapter, recipe.train.seed)
     memory = recipe.memory
     recomputed = True if memory.gradient_checkpointing == "auto" else memory.gradient_checkpointing
-    keep_dequantized = memory.keep_dequantized is True
-    attach(base, recomputed, keep_dequantized=keep_dequantized, dropout_seed=dropout_seed)
+    attach(
+        base,
+        recomputed,
+        tile_tokens=memory.tile_tokens,
+        keep_dequantized=memory.keep_dequantized is True,
+        dropout_seed=dropout_seed,
+    )
     parameters = dict(trainable_parameters(base))
     settings = recipe.train
     optimizer = build_optimizer(
