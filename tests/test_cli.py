@@ -55,7 +55,6 @@ NOT_BUILT = {
     "profile": ["profile", "r.yaml"],
     "adapter show": ["adapter", "show", "a"],
     "adapter compose": ["adapter", "compose", "a", "b", "--weights", "0.7,0.3", "--out", "o"],
-    "selftest": ["selftest"],
 }
 COMPONENTS = (
     "base_nf4 quant_constants base_unquantized adapter gradients optimizer activations logits workspace runtime"

@@ -121,4 +121,3 @@ class _RunTiles(torch.autograd.Function):
                     sums[number] = part.float() if total is None else total.add_(part)
         rounded = [None if total is None else total.to(p.dtype) for total, p in zip(sums, parameters)]
         return (None, grad_x, *rounded)
-
