@@ -425,8 +425,8 @@ def selftest(
 ) -> None:
     """Prove the kit's promises on this machine, in a minute: exit 0 if all hold, 1 if one does not.
 
-    A small model of random weights is trained for a few steps on the device: streamed, recomputed, resumed, merged. Where
-    bits are promised, bits are compared.
+    A small model of random weights is trained for a few steps on the device: streamed, recomputed, resumed, merged.
+    Where bits are promised, bits are compared.
     """
     from qlora_kit.base.device import pick_device
     from qlora_kit.selftest import report, run

@@ -29,6 +29,7 @@ from qlora_kit.console import stdout
 from qlora_kit.data.batches import MicroBatch
 from qlora_kit.training.blocks import attach
 from qlora_kit.training.loss import batch_losses, chunked_cross_entropy
+from qlora_kit.training.offload import input_store
 from qlora_kit.training.optim import build_optimizer, optimizer_state, restore_optimizer_state
 
 CONFIG: dict[str, Any] = {
@@ -209,6 +210,14 @@ def together(bench: Bench) -> str:
     return _require_same(bench.gradients(together=3, keep_dequantized=True), bench.resident)
 
 
+def offloaded(bench: Bench) -> str:
+    """Block inputs in host memory, and in a file."""
+    for tier in ("host", "disk"):
+        found = bench.gradients(together=2, store=input_store(tier, bench.device, bench.original))
+        said = _require_same(found, bench.resident)
+    return said
+
+
 def chunked_loss(bench: Bench) -> str:
     """Loss and gradient in tiles against torch's own on whole logits, in fp32."""
     generator = torch.Generator().manual_seed(2)
@@ -272,6 +281,7 @@ PROOFS: dict[str, Callable[[Bench], str]] = {
     "gradients of blocks streamed from host memory are the resident ones": from_host,
     "gradients of blocks streamed from disk are the resident ones": from_disk,
     "micro-batches together give the gradients of one after the other": together,
+    "offloaded activations are the kept ones": offloaded,
     "the loss in tiles is the whole loss": chunked_loss,
     "a resumed run is the run that was not stopped": resumed,
     "a merged model answers as the adapter does": merged,

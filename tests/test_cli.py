@@ -48,10 +48,8 @@ MERGE_CHOICES = [
     *[("--dtype", choice) for choice in ("float16", "bfloat16", "float32")],
     *[("--onto", choice) for choice in ("auto", "original", "dequantized")],
 ]
-NOT_BUILT_SWITCHES = ("activation_offload=true",)
 NOT_BUILT = {
     "plan --stack peft": ["plan", "llama-2-7b", "--stack", "peft"],
-    **{f"memory.{switch}": ["plan", "llama-2-7b", "--set", f"memory.{switch}"] for switch in NOT_BUILT_SWITCHES},
     "profile": ["profile", "r.yaml"],
     "adapter show": ["adapter", "show", "a"],
     "adapter compose": ["adapter", "compose", "a", "b", "--weights", "0.7,0.3", "--out", "o"],

@@ -37,6 +37,7 @@ from qlora_kit.training.checkpoint import Progress, load_checkpoint, rotate, sav
 from qlora_kit.training.evaluate import Evaluation, evaluate
 from qlora_kit.training.loss import batch_losses
 from qlora_kit.training.metrics import Metrics, open_metrics
+from qlora_kit.training.offload import input_store
 from qlora_kit.training.optim import build_optimizer
 from qlora_kit.training.schedule import learning_rate
 from qlora_kit.training.signals import StopRequest, stop_on_signal
@@ -136,15 +137,7 @@ def assemble(
 ) -> Run:
     """A run on a loaded base and tokenized data; tools and proofs call it with data of their own making."""
     dropout_seed = inject(base, recipe.adapter, recipe.train.seed)
-    memory = recipe.memory
-    recomputed = True if memory.gradient_checkpointing == "auto" else memory.gradient_checkpointing
-    attach(
-        base,
-        recomputed,
-        tile_tokens=memory.tile_tokens,
-        keep_dequantized=memory.keep_dequantized is True,
-        dropout_seed=dropout_seed,
-    )
+    _attach(base, recipe, dropout_seed)
     parameters = dict(trainable_parameters(base))
     settings = recipe.train
     optimizer = build_optimizer(
@@ -169,6 +162,20 @@ def assemble(
         identity=run_identity(recipe, base, train_examples),
         progress=Progress(),
         stop=stop,
+    )
+
+
+def _attach(base: Base, recipe: Recipe, dropout_seed: DropoutSeed) -> None:
+    """Put the blocks under the recipe's memory switches; what is still `auto` takes no memory for speed."""
+    memory, output = recipe.memory, Path(recipe.output)
+    output.mkdir(parents=True, exist_ok=True)
+    attach(
+        base,
+        True if memory.gradient_checkpointing == "auto" else memory.gradient_checkpointing,
+        tile_tokens=memory.tile_tokens,
+        keep_dequantized=memory.keep_dequantized is True,
+        dropout_seed=dropout_seed,
+        store=input_store(memory.activation_offload or "device", base.device, output),
     )
 
 
