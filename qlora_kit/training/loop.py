@@ -135,9 +135,7 @@ def assemble(
     attach(base, recipe.memory.gradient_checkpointing)
     parameters = dict(trainable_parameters(base))
     settings = recipe.train
-    optimizer = build_optimizer(
-        settings.optimizer, parameters, base.device, lr=settings.lr, weight_decay=settings.weight_decay
-    )
+    optimizer = build_optimizer(settings, parameters, base.device, master_weights=recipe.keeps_master_weights)
     shape: dict[str, Any] = {
         "micro_batch": settings.micro_batch,
         "seq_len": recipe.data.seq_len,
