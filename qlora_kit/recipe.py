@@ -188,6 +188,11 @@ class Train(_Section):
     optimizer: Annotated[str, AfterValidator(_optimizer)] = Field(
         "paged_adamw_8bit", description=" | ".join(OPTIMIZERS)
     )
+    master_weights: bool = Field(
+        True,
+        description="beside each bfloat16 adapter weight keep the lower half of an fp32 one, 2 bytes, so that small "
+        "updates are not rounded away; other adapter dtypes have none",
+    )
     lr: Annotated[float, Field(gt=0)] = 2e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Fraction = Field(0.03, description="fraction of the steps")
@@ -223,6 +228,11 @@ class Recipe(_Section):
         if output == base or base in output.parents:
             raise ValueError(f"output {self.output!r} lies in the base model's folder {self.model.path!r}")
         return self
+
+    @property
+    def keeps_master_weights(self) -> bool:
+        """Whether the optimizer steps on fp32 masters; float16 is not the upper half of an fp32 number."""
+        return self.train.master_weights and self.adapter.dtype == "bfloat16"
 
     def to_yaml(self) -> str:
         """The recipe as it runs, every default spelled out."""

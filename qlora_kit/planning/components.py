@@ -164,9 +164,14 @@ def gradients(shapes: ModelShapes, recipe: Recipe) -> int:
 
 
 def optimizer(shapes: ModelShapes, recipe: Recipe) -> int:
-    """Both moments of every trained tensor, by the row of OPTIMIZERS; paged state counts as if it lay on the device."""
-    row = OPTIMIZERS[recipe.train.optimizer]
-    return sum(row.state_bytes(count) for count in adapter_tensors(shapes, recipe))
+    """Both moments of every trained tensor, by the row of OPTIMIZERS, and the lower halves of master weights.
+
+    Paged state counts as if it lay on the device. The lower halves, 2 bytes a trained parameter, always do.
+    """
+    row, lower_bytes, dtype_bytes = OPTIMIZERS[recipe.train.optimizer], 0, DTYPE_BYTES[recipe.adapter.dtype]
+    if recipe.keeps_master_weights:
+        lower_bytes, dtype_bytes = FP32 - dtype_bytes, FP32
+    return sum(row.state_bytes(count, dtype_bytes) + lower_bytes * count for count in adapter_tensors(shapes, recipe))
 
 
 # ------------------------------------------------------------------------------------------------- estimated

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qlora_kit import files
 from qlora_kit.adapters.inject import inject, trainable_parameters
+from qlora_kit.adapters.lora import DropoutSeed
 from qlora_kit.adapters.store import save_adapter
 from qlora_kit.base.device import peak_bytes, pick_device, reset_peak, resident_bytes, return_freed_memory
 from qlora_kit.base.loader import Base, Placement, base_fingerprint, load_base, resolve_folder
@@ -140,9 +141,7 @@ def assemble(
     _attach(base, recipe, dropout_seed)
     parameters = dict(trainable_parameters(base))
     settings = recipe.train
-    optimizer = build_optimizer(
-        settings.optimizer, parameters, base.device, lr=settings.lr, weight_decay=settings.weight_decay
-    )
+    optimizer = build_optimizer(settings, parameters, base.device, master_weights=recipe.keeps_master_weights)
     shape: dict[str, Any] = {
         "micro_batch": settings.micro_batch,
         "seq_len": recipe.data.seq_len,

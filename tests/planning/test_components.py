@@ -15,11 +15,13 @@ import torch
 from qlora_kit.adapters.inject import inject, trainable_parameters
 from qlora_kit.architectures import ARCHITECTURES, LinearShape
 from qlora_kit.base.loader import load_base
+from qlora_kit.optimizers import OPTIMIZERS
 from qlora_kit.planning import components as ledger
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
 from qlora_kit.recipe import Recipe, recipe_for_model
 from qlora_kit.training.blocks import attach
 from qlora_kit.training.loss import batch_losses, chunked_cross_entropy
+from qlora_kit.training.optim import build_optimizer, optimizer_state
 
 SMALL = {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 8}
 SMALL |= {"vocab_size": 99, "intermediate_size": 640, "head_dim": 16, "pad_token_id": 0}
@@ -116,20 +118,29 @@ def test_quantized_bytes_equal_bitsandbytes(
     assert ledger.quant_constants(shapes, recipe) == sum(constant.nbytes for constant in constants)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("name", "class_name"), [("adamw_8bit", "AdamW8bit"), ("adamw_32bit", "AdamW32bit")])
-def test_optimizer_bytes_equal_bitsandbytes(name: str, class_name: str, dtype: torch.dtype) -> None:
-    import bitsandbytes.optim
-
-    shapes, recipe = one_linear(300, 250), recipe_with(f"train.optimizer={name}")  # A 4000 values, B 4800
-    parameters = [torch.zeros(count, dtype=dtype, requires_grad=True) for count in (16 * 250, 16 * 300)]
-    optimizer = getattr(bitsandbytes.optim, class_name)(parameters)
-    for parameter in parameters:
+@pytest.mark.parametrize("master_weights", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_bytes_are_those_of_its_state(name: str, dtype: str, master_weights: bool) -> None:
+    overrides = (f"train.optimizer={name}", f"train.master_weights={master_weights}", f"adapter.dtype={dtype}")
+    shapes, recipe = one_linear(300, 250), recipe_with(*overrides)  # A 4000 values, B 4800
+    sizes = {"A": 16 * 250, "B": 16 * 300}
+    parameters = {
+        key: torch.nn.Parameter(torch.zeros(size, dtype=getattr(torch, dtype))) for key, size in sizes.items()
+    }
+    kept = recipe.keeps_master_weights
+    optimizer = build_optimizer(recipe.train, parameters, torch.device("cpu"), master_weights=kept)
+    for parameter in parameters.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    names = ("state1", "state2", "absmax1", "absmax2")
-    kept = [state[name] for state in optimizer.state.values() for name in names if name in state]
-    assert ledger.optimizer(shapes, recipe) == sum(tensor.nbytes for tensor in kept)
+    tensors, _ = optimizer_state(optimizer, parameters)
+    assert ledger.optimizer(shapes, recipe) == sum(tensor.nbytes for tensor in tensors.values() if tensor.dim())
+
+
+def test_a_master_weight_costs_two_bytes_a_trained_parameter() -> None:
+    shapes = shapes_of("llama-7b")
+    on, off = (ledger.optimizer(shapes, recipe_with(f"train.master_weights={kept}")) for kept in (True, False))
+    assert on - off == 2 * ledger.trainable_parameters(shapes, recipe_with())
 
 
 # ---------------------------------------------------------------------------------- against what is loaded
