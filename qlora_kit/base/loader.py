@@ -28,6 +28,7 @@ from qlora_kit.base.linear import FrozenLinear
 from qlora_kit.base.prequantized import FINGERPRINT, PART, PackedWeight, packed_weights
 from qlora_kit.base.shards import Shards, find_shards
 from qlora_kit.base.streaming import BlockStreamer, InFiles, spread, stream_blocks
+from qlora_kit.base.vocabulary import FetchedEmbedding, FetchedHead, Table, fetch_from
 from qlora_kit.base.workspace import Workspace
 from qlora_kit.console import note, progress
 from qlora_kit.errors import ModelError
@@ -136,15 +137,17 @@ def base_fingerprint(shards: Shards) -> str:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the weights of the blocks live.
+    """Where the weights live.
 
     Attributes:
-        tier: `device`, `host` memory, or `disk`: the model's own files, read when a block runs.
+        tier: of the blocks: `device`, `host` memory, or `disk`: the model's own files, read when a block runs.
         resident: with the other two, how many blocks live on the device all the same, evenly spread.
+        embeddings: the same choice of three for embedding and head. On a CPU `host` is the device itself.
     """
 
     tier: str = "device"
     resident: int = 0
+    embeddings: str = "device"
 
     def streamed(self, layers: int) -> set[int]:
         """The blocks that do not live on the device."""
@@ -157,8 +160,9 @@ def load_base(settings: recipe.Model, device: torch.device | str = "cpu", placem
     Args:
         settings: the recipe's `model` section.
         device: where it is to live.
-        placement: of its blocks. With `disk`, weights stay in the files as they are used: 4-bit ones, or dense ones in
-            the dtype of computation; what the files hold otherwise lives on the device.
+        placement: of its blocks, embedding and head. With `disk`, weights stay in the files as they are used: of the
+            blocks 4-bit ones, or dense ones in the dtype of computation; embedding and head dense in any dtype. What
+            the files hold otherwise lives on the device.
     Raises: ModelError: unsupported architecture, or files that are not exactly this model.
     """
     placement = placement or Placement()
@@ -173,6 +177,8 @@ def load_base(settings: recipe.Model, device: torch.device | str = "cpu", placem
     _replace_linears(model, architecture, settings, packed)
     _materialise_buffers(model, device)
     homes = {f"{architecture.blocks}.{index}": placement.tier for index in streamed}
+    if placement.embeddings == "disk" or (placement.embeddings == "host" and device.type != "cpu"):
+        homes |= dict.fromkeys(_dense_vocabulary(architecture, packed or {}, source), placement.embeddings)
     in_files = _fill(model, architecture, shards, packed or {}, device, homes)
     model.eval().requires_grad_(False)
     blocks = {index: model.get_submodule(f"{architecture.blocks}.{index}") for index in sorted(streamed)}
@@ -253,19 +259,23 @@ def _fill(
     """Give every weight of the model its tensor from the files; returns those of the linears that stay there.
 
     Args:
-        homes: name of a block -> `host` or `disk`, for blocks whose linears do not live on the device.
+        homes: name of a block -> `host` or `disk`, for blocks whose linears do not live on the device; and the same for
+            the names of embedding and head.
     """
     in_files: InFiles = {}
     names = _match_names(model, architecture, shards)
     total = sum(shards.entries[stored].size_bytes for stored in names.values())
     with progress("loading the base", total) as advance:
         for target, stored in names.items():
-            where = f"{shards.entries[stored].path}: {stored}"
+            entry = shards.entry(stored)
+            where = f"{entry.path}: {stored}"
             linear = model.get_submodule(target.rpartition(".")[0])
             tier = homes.get(".".join(target.split(".")[: architecture.blocks.count(".") + 2]), "device")
             away = tier != "device" and isinstance(linear, FrozenLinear) and target.endswith(".weight")
             home = torch.device("cpu") if away and tier == "host" else device
-            if (
+            if target in homes:
+                _place_away(model, target, Table(device, linear.weight.dtype, shards, entry), tier, where)
+            elif (
                 away
                 and tier == "disk"
                 and (names_left := _leave(linear, stored, packed.get(target), shards, device, architecture))
@@ -275,9 +285,21 @@ def _fill(
                 _place_packed(model, target, packed[target], shards, home, where)
             else:
                 _place(model, architecture, target, shards.read(stored), home, where)
-            advance(shards.entries[stored].size_bytes, "")
-    model.tie_weights()
+            advance(entry.size_bytes, "")
+    embedding = model.get_submodule(architecture.embedding)
+    if model.config.tie_word_embeddings and isinstance(embedding, FetchedEmbedding):
+        model.set_submodule(architecture.head, FetchedHead(embedding.table))
+    else:
+        model.tie_weights()
     return in_files
+
+
+def _dense_vocabulary(architecture: Architecture, packed: dict[str, PackedWeight], source: str) -> list[str]:
+    """Names of embedding and head, without those that the files hold in 4 bits: these are dequantized at load."""
+    names = [f"{architecture.embedding}.weight", f"{architecture.head}.weight"]
+    for name in packed.keys() & set(names):
+        note(f"{source}: {name} is in 4 bits; it is dequantized, and stays on the device")
+    return [name for name in names if name not in packed]
 
 
 def _leave(
@@ -356,6 +378,14 @@ def _place(model: Any, architecture: Architecture, name: str, value: Tensor, dev
     else:
         dtype = getattr(module, leaf).dtype
         setattr(module, leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))
+
+
+def _place_away(model: Any, name: str, table: Table, tier: str, where: str) -> None:
+    """Let the embedding, or the head, fetch its rows from a table. Raises: ModelError: its shape is not the model's."""
+    shape = tuple(model.get_submodule(name.removesuffix(".weight")).weight.shape)
+    if table.entry.shape != shape:
+        raise ModelError(f"{where}: shape {list(table.entry.shape)}, the config asks for {list(shape)}")
+    fetch_from(model, name, table.on_host() if tier == "host" else table)
 
 
 def _place_packed(

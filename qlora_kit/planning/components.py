@@ -4,7 +4,7 @@ Why: planner, trainer, profiler and reports speak of the same ten components; th
 How: each component is one short function of (shapes, recipe). The static ones are exact to the byte, and tests hold
 them to bitsandbytes' own tensors. Activations, logits and workspace are estimates: they follow from what autograd
 saves in a block, counted tensor by tensor in the docstrings; a test holds the count to what torch saves.
-The training peak is the maximum over moments, not a sum: the loss (chunk of logits) or one block's recomputation
+The training peak is the maximum over moments, not a sum: the loss (tile of logits) or one block's recomputation
 and backward, whichever is larger. Imports no torch. Imported by planning/planner.py, and by training and profiling.
 """
 
@@ -35,6 +35,7 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 QUANT_BLOCK = 64  # weights that share one absmax (Dettmers et al. 2023, section 3)
 CONSTANT_BLOCK = 256  # absmax values that share one fp32 scale under double quantization (same section)
 AUTO_LOSS_CHUNK_TOKENS = 512
+LOSS_CHUNK_VOCABULARY = 16384  # rows of the head that are used at a time
 SLOTS = 2  # buffers of `base.streaming`: one block computes, the next arrives
 SLOT_ALIGNMENT = 256
 FP32 = 4
@@ -299,15 +300,46 @@ def offloaded_activations(shapes: ModelShapes, recipe: Recipe) -> int:
 
 
 def logits(shapes: ModelShapes, recipe: Recipe, with_gradient: bool = True) -> int:
-    """One chunk of logits at the highest point of `training.loss`, which turns them into their gradient in place.
+    """One tile of logits of `training.loss`: a chunk of tokens by a chunk of the vocabulary, worked on in place.
 
-    An element: `model.dtype` as projected (none of its own when that is fp32), the fp32 copy, and the temporary of its
-    log-sum-exp: 10 bytes with bf16, where transformers' loss takes 14. Capped logits need their slope in fp32 too.
+    An element: `model.dtype` as projected (none of its own when that is fp32) and fp32, 6 bytes with bf16, where
+    transformers' loss takes 14 of all logits. Capped logits need the square of their tanh in fp32 too, for the slope.
     """
     dtype_bytes = _dtype_bytes(recipe)
-    slope = FP32 if shapes.softcap and with_gradient else 0
-    per_element = (dtype_bytes if dtype_bytes < FP32 else 0) + 2 * FP32 + slope
-    return loss_chunk_tokens(recipe) * shapes.vocabulary * per_element
+    squares = FP32 if shapes.softcap and with_gradient else 0
+    per_element = (dtype_bytes if dtype_bytes < FP32 else 0) + FP32 + squares
+    return loss_chunk_tokens(recipe) * min(shapes.vocabulary, LOSS_CHUNK_VOCABULARY) * per_element
+
+
+def fetches_head(recipe: Recipe) -> bool:
+    """Whether the head lives elsewhere, by the recipe; `auto` counts as the device here: the planner decides it."""
+    return recipe.memory.embeddings in ("host", "disk")
+
+
+def head_slots(shapes: ModelShapes, recipe: Recipe) -> int:
+    """Device buffers that chunks of a head that lives elsewhere are brought into, during a pass over it only.
+
+    With `disk` on an accelerator there are as many pinned bytes on the host. Files whose dtype is not `model.dtype`
+    make them larger or smaller by that ratio, and add one chunk as it is used; this is not counted.
+    """
+    if not fetches_head(recipe):
+        return 0
+    rows = min(LOSS_CHUNK_VOCABULARY, shapes.vocabulary)
+    return min(SLOTS, -(-shapes.vocabulary // rows)) * rows * shapes.hidden * _dtype_bytes(recipe)
+
+
+def around_head(shapes: ModelShapes, recipe: Recipe) -> int:
+    """What `training.loss` and the final norm hold beside the tile of logits.
+
+    For all tokens the norm's fp32 copy, the last hidden state, and its learned rows, which become their gradient. For
+    those that pass the head together (a chunk; all of them where the head is fetched) an fp32 sum and the target's row.
+    For a chunk the product that is added to the sum, and its fp32 copy.
+    """
+    dtype_bytes, chunk = _dtype_bytes(recipe), loss_chunk_tokens(recipe)
+    together = tokens(recipe) if fetches_head(recipe) else chunk
+    added = FP32 + (dtype_bytes if dtype_bytes < FP32 else 0)
+    rows = (tokens(recipe) * (FP32 + 2 * dtype_bytes), together * (FP32 + dtype_bytes), chunk * added)
+    return shapes.hidden * sum(rows)
 
 
 def workspace(shapes: ModelShapes, recipe: Recipe) -> int:
@@ -339,23 +371,22 @@ def static_ledger(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) -> Le
 def training_moments(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) -> dict[str, Ledger]:
     """The ledger at each moment of a step that can be its peak.
 
-    loss: kept activations, final norm's fp32 copy, last hidden state, its learned rows, their gradient; logits.
+    loss: kept activations, what is held around the head, one tile of logits.
     block backward: kept activations, one block recomputed and its backward; one dequantized linear.
     """
     static = static_ledger(shapes, recipe, runtime_bytes)
     kept = kept_activations(shapes, recipe) + attention_mask(recipe)
-    around_head = tokens(recipe) * shapes.hidden * (FP32 + 3 * _dtype_bytes(recipe))
     recomputed = block_saved(shapes, recipe) if recipe.memory.gradient_checkpointing else 0
     in_block = recomputed + block_transient(shapes, recipe)
     return {
-        "loss": static | {"activations": kept + around_head, "logits": logits(shapes, recipe)},
+        "loss": static | {"activations": kept + around_head(shapes, recipe), "logits": logits(shapes, recipe)},
         "block backward": static
         | {"activations": kept + in_block, "workspace": static["workspace"] + workspace(shapes, recipe)},
     }
 
 
 def evaluation_moments(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) -> dict[str, Ledger]:
-    """The same without gradients: nothing is kept, one block's forward or one chunk of logits is alive.
+    """The same without gradients: nothing is kept, one block's forward or one tile of logits is alive.
 
     A block's forward, a token: residual, its norm, the outputs of `mlp_in`, act(gate) and the product.
     """

@@ -179,13 +179,14 @@ def _attach(base: Base, recipe: Recipe, dropout_seed: DropoutSeed) -> None:
 
 
 def _place_base(recipe: Recipe, device: torch.device) -> Base:
-    """The base, its blocks where `memory.placement` says.
+    """The base, its blocks where `memory.placement` says, embedding and head where `memory.embeddings` does.
 
     Blocks on disk are read from a 4-bit checkpoint. If the model is not one, it is made below `output` once, and kept.
     """
     memory, settings = recipe.memory, recipe.model
     resident = 0 if memory.resident_blocks == "auto" else memory.resident_blocks
-    placement = Placement(memory.placement if memory.placement != "auto" else "device", resident)
+    tier, embeddings = ("device" if wanted == "auto" else wanted for wanted in (memory.placement, memory.embeddings))
+    placement = Placement(tier, resident, embeddings)
     folder = resolve_folder(settings.path, settings.revision)
     if placement.tier != "disk" or settings.quantization == "none" or is_quantized(folder):
         return load_base(settings, device, placement)

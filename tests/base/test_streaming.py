@@ -125,7 +125,7 @@ def test_released_blocks_leave_nothing_behind(checkpoint):
 
 def test_a_base_that_is_let_go_ends_its_reader_thread(checkpoint):
     def readers() -> int:
-        return sum(thread.name == "qlora_kit block reader" for thread in threading.enumerate())
+        return sum(thread.name == "qlora_kit reader" for thread in threading.enumerate())
 
     gc.collect()
     before = readers()

@@ -77,7 +77,6 @@ def test_the_peak_moves_from_the_loss_to_a_block_when_the_chunk_is_small() -> No
         ("model.quantization=nf4", "model.quantization=none"),
         ("model.double_quant=true", "model.double_quant=false"),
         ("memory.gradient_checkpointing=true", "memory.gradient_checkpointing=false"),
-        ("memory.loss_chunk_tokens=auto", "memory.loss_chunk_tokens=full"),
         ("train.optimizer=adamw_8bit", "train.optimizer=adamw_32bit"),
         ("memory.activation_offload=true", "memory.activation_offload=false"),
     ],
