@@ -142,16 +142,22 @@ class Placement:
     Attributes:
         tier: of the blocks: `device`, `host` memory, or `disk`: the model's own files, read when a block runs.
         resident: with the other two, how many blocks live on the device all the same, evenly spread.
+        host: with `disk`, how many of those that do not live in host memory, evenly spread among them.
         embeddings: the same choice of three for embedding and head. On a CPU `host` is the device itself.
     """
 
     tier: str = "device"
     resident: int = 0
     embeddings: str = "device"
+    host: int = 0
 
-    def streamed(self, layers: int) -> set[int]:
-        """The blocks that do not live on the device."""
-        return set() if self.tier == "device" else set(range(layers)) - spread(min(self.resident, layers), layers)
+    def tiers(self, layers: int) -> dict[int, str]:
+        """`host` or `disk` for each block that does not live on the device, by index."""
+        if self.tier == "device":
+            return {}
+        streamed = sorted(set(range(layers)) - spread(min(self.resident, layers), layers))
+        in_host = spread(len(streamed) if self.tier == "host" else min(self.host, len(streamed)), len(streamed))
+        return {index: "host" if position in in_host else "disk" for position, index in enumerate(streamed)}
 
 
 def load_base(settings: recipe.Model, device: torch.device | str = "cpu", placement: Placement | None = None) -> Base:
@@ -169,20 +175,21 @@ def load_base(settings: recipe.Model, device: torch.device | str = "cpu", placem
     folder, device = resolve_folder(settings.path, settings.revision), torch.device(device)
     config, source = read_config(str(folder))
     shapes = model_shapes(config, source)  # absurd sizes end here
-    architecture, streamed = shapes.architecture, placement.streamed(shapes.layers)
+    architecture, tiers = shapes.architecture, placement.tiers(shapes.layers)
     shards = Shards(find_shards(folder))
     packed = packed_weights(shards, architecture, config, source)
     settings = _as_stored(settings, packed, source)
     model = build_on_meta(config, getattr(torch, settings.dtype), source)
     _replace_linears(model, architecture, settings, packed)
     _materialise_buffers(model, device)
-    homes = {f"{architecture.blocks}.{index}": placement.tier for index in streamed}
+    homes = {f"{architecture.blocks}.{index}": tier for index, tier in tiers.items()}
     if placement.embeddings == "disk" or (placement.embeddings == "host" and device.type != "cpu"):
         homes |= dict.fromkeys(_dense_vocabulary(architecture, packed or {}, source), placement.embeddings)
     in_files = _fill(model, architecture, shards, packed or {}, device, homes)
     model.eval().requires_grad_(False)
-    blocks = {index: model.get_submodule(f"{architecture.blocks}.{index}") for index in sorted(streamed)}
-    streamer = stream_blocks(blocks, shards, in_files, device) if blocks else None
+    blocks = {index: model.get_submodule(f"{architecture.blocks}.{index}") for index in tiers}
+    in_host = {index for index, tier in tiers.items() if tier == "host"}
+    streamer = stream_blocks(blocks, in_host, shards, in_files, device) if blocks else None
     return Base(model, architecture, settings, folder, base_fingerprint(shards), device, streamer)
 
 

@@ -11,7 +11,7 @@ Imported by: loader (builds it), training.blocks (acquire and release at the blo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from qlora_kit.base.shards import Entry, Shards
 from qlora_kit.base.slots import Slots, Source
 
 ALIGNMENT = 256  # bytes; what kernels want of a tensor's start
+SLAB_BYTES = 4 << 30  # of pinned memory in one allocation
 InFiles = dict[tuple[FrozenLinear, str], Entry]  # stored tensors that stay in the model's files
 STREAMED = frozenset({"codes", "absmax", "absmax_scale", "dense"})  # the rest of a linear is a few bytes: it stays
 
@@ -116,31 +117,63 @@ class BlockStreamer:
 
 
 def stream_blocks(
-    blocks: Mapping[int, nn.Module], shards: Shards, in_files: InFiles, device: torch.device
+    blocks: Mapping[int, nn.Module], in_host: Set[int], shards: Shards, in_files: InFiles, device: torch.device
 ) -> BlockStreamer:
     """A streamer for blocks whose linears are in host memory, or have stayed in the files.
 
-    Host memory is packed block by block into one tensor each, pinned where the device is an accelerator.
+    Args:
+        blocks: by index.
+        in_host: the indices of those in host memory; they are packed block by block, pinned for an accelerator.
+        in_files: stored tensors of the linears of the others, as far as they have stayed in the files.
     """
     streamed = {}
-    for index, block in blocks.items():
-        linears = [module for module in block.modules() if isinstance(module, FrozenLinear)]
-        if in_files:
-            linears = [linear for linear in linears if (linear, linear.stored[0]) in in_files]
+    for index in sorted(blocks.keys() - in_host):
+        linears = [linear for linear in _linears(blocks[index]) if (linear, linear.stored[0]) in in_files]
         pieces, size_bytes = lay_out(linears)
-        if in_files:
-            extents = tuple((piece.offset, in_files[piece.linear, piece.name]) for piece in pieces)
-            streamed[index] = StreamedBlock(pieces, Source(size_bytes, extents=extents))
-            continue
-        host = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=device.type != "cpu")
+        extents = tuple((piece.offset, in_files[piece.linear, piece.name]) for piece in pieces)
+        streamed[index] = StreamedBlock(pieces, Source(size_bytes, extents=extents))
+    layouts = {index: lay_out(_linears(blocks[index])) for index in sorted(in_host)}
+    rooms = host_memory([size_bytes for _, size_bytes in layouts.values()], pinned=device.type != "cpu")
+    for (index, (pieces, size_bytes)), room in zip(layouts.items(), rooms):
         for piece in pieces:
-            piece.view(host).copy_(getattr(piece.linear, piece.name))
+            piece.view(room).copy_(getattr(piece.linear, piece.name))
             piece.detach()
-        for linear in linears:
+        for linear in _linears(blocks[index]):
             for name in set(linear.stored) - STREAMED:
                 setattr(linear, name, getattr(linear, name).to(device))
-        streamed[index] = StreamedBlock(pieces, Source(size_bytes, host))
+        streamed[index] = StreamedBlock(pieces, Source(size_bytes, room))
     return BlockStreamer(streamed, shards, device)
+
+
+def _linears(block: nn.Module) -> list[FrozenLinear]:
+    return [module for module in block.modules() if isinstance(module, FrozenLinear)]
+
+
+def host_memory(sizes: Sequence[int], *, pinned: bool) -> Iterator[Tensor]:
+    """Room in host memory for each block, uint8 [its size].
+
+    torch rounds pinned memory up to a power of two (a block of 428 MiB would take 512), so several blocks share an
+    allocation of which little is wasted.
+    """
+    if not pinned:
+        yield from (torch.empty(size, dtype=torch.uint8) for size in sizes)
+        return
+    largest = max(sizes, default=0)
+    left = list(sizes)
+    while left:
+        count = blocks_of_a_slab(largest, len(left))
+        slab = torch.empty(count * largest, dtype=torch.uint8, pin_memory=True)
+        for number in range(count):
+            yield slab[number * largest :][: left.pop(0)]
+
+
+def blocks_of_a_slab(size_bytes: int, count: int) -> int:
+    """How many of `count` blocks should share one pinned allocation of at most SLAB_BYTES: the best used, then most."""
+
+    def used(number: int) -> tuple[float, int]:
+        return number * size_bytes / (1 << (number * size_bytes - 1).bit_length()), number
+
+    return max(range(1, max(1, min(count, SLAB_BYTES // size_bytes)) + 1), key=used)
 
 
 def spread(resident: int, total: int) -> set[int]:
