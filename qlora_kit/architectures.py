@@ -55,6 +55,7 @@ class Architecture:
         layer_norm_copies: of layer norms, how many keep an input that is not the block's own; None: RMS norms.
         pre_norm: q, k and v read a normed copy of the block's input; otherwise (OLMo 2) that input itself.
         output_norm: the MLP's output is normed before it joins the residual stream (OLMo 2, Gemma).
+        heads_first: q and k are normed head by head, all tokens at a time; attention's output is then copied.
         rotary: q and k are new tensors after rotary embeddings; otherwise views of what the projection made.
         eager_attention: transformers has no fused attention for it, so the scores exist (Gemma 2 caps them).
         window: config -> positions that (some) blocks look back, for which longer sequences need a mask; None: all.
@@ -79,6 +80,7 @@ class Architecture:
     layer_norm_copies: int | None = None
     pre_norm: bool = True
     output_norm: bool = False
+    heads_first: bool = False
     rotary: bool = True
     eager_attention: bool = False
     window: Callable[[Config], int | None] = lambda config: None
@@ -379,6 +381,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         block_tensors=_with_head_norms(_GEMMA_HEADS, *_FOUR_NORMS),
         tied_by_default=True,
         output_norm=True,
+        heads_first=True,
         window=_window(4096),
     ),
     "phi3": replace(

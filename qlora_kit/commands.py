@@ -34,21 +34,14 @@ def recipe_or_model(target: str, overrides: list[str]) -> Recipe:
     return recipe_for_model(target, overrides)
 
 
-def require_built(recipe: Recipe) -> None:
-    """Raises: RecipeError: the recipe asks for what only a later version does."""
-    if recipe.memory.activation_offload:
-        not_built("memory.activation_offload=true")
-
-
 def plan_recipe(recipe: Recipe, budget: str | None = None, gpu: str | None = None) -> Plan:
     """The plan of a recipe for `--budget` and `--gpu`.
 
-    Raises: RecipeError: the budget is no size, the card unknown, or the recipe asks for what is not built.
+    Raises: RecipeError: the budget is no size, or the card unknown.
     """
     from qlora_kit.planning.planner import make_plan
     from qlora_kit.units import parse_bytes
 
-    require_built(recipe)
     try:
         budget_bytes = None if budget is None else parse_bytes(budget)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The one module that makes bytes durable: everything the kit writes is written aside, synced and renamed.
+"""The one module that makes bytes durable: what the kit writes to keep is written aside, synced and renamed.
 
 Why: a killed process or a full disk must leave the old file or the new one, never half of either
 (safetensors' own `save_file` does not sync, and leaves the file with mode 0600). A test forbids writing elsewhere.
@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import struct
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -112,6 +113,18 @@ def safetensors_header(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def scratch_file(folder: Path) -> IO[bytes]:
+    """A file in `folder` without a name, never synced: gone when it is closed or its process ends.
+
+    Raises: DiskError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # where a file needs a name for a moment, `sweep` knows it
+        return tempfile.TemporaryFile(dir=folder, prefix=".scratch.", suffix=f".{os.getpid()}{_ASIDE}", buffering=0)
+    except OSError as error:
+        raise DiskError(f"{folder}: cannot write: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ class Optimizer:
 
     Attributes:
         state_bits: 8 or 32, of each of the two moments.
+        in_dtype: the moments take the parameter's dtype instead, where that is smaller than fp32.
         unpaged: name of the same optimizer without paging, for devices without unified memory; None: it is not paged.
         build: (parameters, lr, weight_decay) -> torch.optim.Optimizer.
     """
@@ -28,11 +29,16 @@ class Optimizer:
     state_bits: int
     unpaged: str | None
     build: Callable[..., Any]
+    in_dtype: bool = False
 
-    def state_bytes(self, parameter_count: int) -> int:
-        """Bytes of both moments of one tensor of `parameter_count` values, quantization maps not counted."""
+    def state_bytes(self, parameter_count: int, dtype_bytes: int = 4) -> int:
+        """Bytes of both moments of one tensor of `parameter_count` values, quantization maps not counted.
+
+        Args:
+            dtype_bytes: of a value as the optimizer sees it: of its master weight if there is one.
+        """
         if self.state_bits == 32 or parameter_count < EIGHT_BIT_MINIMUM:
-            return 8 * parameter_count
+            return 2 * (dtype_bytes if self.in_dtype else 4) * parameter_count
         return 2 * parameter_count + 2 * 4 * -(-parameter_count // EIGHT_BIT_BLOCK)
 
 
@@ -56,5 +62,5 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "paged_adamw_32bit": Optimizer(32, "adamw_32bit", _bitsandbytes("PagedAdamW32bit")),
     "adamw_8bit": Optimizer(8, None, _bitsandbytes("AdamW8bit")),
     "adamw_32bit": Optimizer(32, None, _bitsandbytes("AdamW32bit")),
-    "adamw": Optimizer(32, None, _torch_adamw),
+    "adamw": Optimizer(32, None, _torch_adamw, in_dtype=True),
 }

@@ -29,6 +29,7 @@ from qlora_kit.optimizers import OPTIMIZERS
 from qlora_kit.units import parse_bytes
 
 RECIPE_BYTES_LIMIT = 1 << 20
+AUTO_MLP_TILE_TOKENS = 1024
 
 
 def _size(value: Any) -> Any:
@@ -127,7 +128,7 @@ def _offload(value: Any) -> Any:
     return value
 
 
-def _loss_chunk(value: Any) -> Any:
+def _token_count(value: Any) -> Any:
     if value not in ("auto", "full") and not (isinstance(value, int) and value > 0):
         raise ValueError(f"auto, full or a positive number of tokens, found {value!r}")
     return value
@@ -162,12 +163,22 @@ class Memory(_Section):
     keep_dequantized: Literal["auto"] | bool = Field(
         "auto", description="within a block's backward, keep its weights from the recomputation to their use"
     )
+    mlp_tile_tokens: Annotated[Literal["auto", "full"] | int, BeforeValidator(_token_count)] = Field(
+        "auto", description="tokens whose MLP activations exist at a time in a block's backward; full: all of them"
+    )
     micro_batches_together: Annotated[Literal["auto"] | int, AfterValidator(_together)] = Field(
         "auto", description="micro-batches that pass a block before any passes the next: it is fetched once for them"
     )
-    loss_chunk_tokens: Annotated[Literal["auto", "full"] | int, BeforeValidator(_loss_chunk)] = Field(
+    loss_chunk_tokens: Annotated[Literal["auto", "full"] | int, BeforeValidator(_token_count)] = Field(
         "auto", description="tokens whose logits exist at a time; full: all of them"
     )
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens of a tile of an MLP; 0: all. The same for any budget, since sums over tiles depend on it."""
+        if isinstance(self.mlp_tile_tokens, int):
+            return self.mlp_tile_tokens
+        return AUTO_MLP_TILE_TOKENS if self.mlp_tile_tokens == "auto" else 0
 
 
 class Train(_Section):
@@ -179,6 +190,11 @@ class Train(_Section):
     grad_accumulation: Positive = Field(8, description="micro-batches per optimizer step")
     optimizer: Annotated[str, AfterValidator(_optimizer)] = Field(
         "paged_adamw_8bit", description=" | ".join(OPTIMIZERS)
+    )
+    master_weights: bool = Field(
+        True,
+        description="beside each bfloat16 adapter weight keep the lower half of an fp32 one, 2 bytes, so that small "
+        "updates are not rounded away; other adapter dtypes have none",
     )
     lr: Annotated[float, Field(gt=0)] = 2e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -215,6 +231,11 @@ class Recipe(_Section):
         if output == base or base in output.parents:
             raise ValueError(f"output {self.output!r} lies in the base model's folder {self.model.path!r}")
         return self
+
+    @property
+    def keeps_master_weights(self) -> bool:
+        """Whether the optimizer steps on fp32 masters; float16 is not the upper half of an fp32 number."""
+        return self.train.master_weights and self.adapter.dtype == "bfloat16"
 
     def to_yaml(self) -> str:
         """The recipe as it runs, every default spelled out."""

@@ -202,6 +202,23 @@ with open(where / "log", "a") as log:
     assert names(tmp_path) == ["log"]
 
 
+def test_a_scratch_file_has_no_name_and_holds_what_is_written(tmp_path: Path) -> None:
+    with files.scratch_file(tmp_path / "run") as file:
+        file.write(NEW)
+        assert os.pread(file.fileno(), len(NEW), 0) == NEW
+        assert names(tmp_path / "run") == []
+
+
+def test_what_a_killed_process_left_of_a_scratch_file_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile._O_TMPFILE_WORKS", False)  # a file system where it has a name for a moment
+    monkeypatch.setattr(os, "unlink", lambda path: None)
+    files.scratch_file(tmp_path).close()
+    monkeypatch.undo()
+    assert len(names(tmp_path)) == 1
+    files.sweep(tmp_path)
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
 def test_the_mode_honours_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)

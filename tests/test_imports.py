@@ -28,7 +28,7 @@ ORDER = (
     ("adapters",),
     ("profiling",),
     ("training", "generation", "export"),
-    ("doctor", "commands"),
+    ("doctor", "selftest", "commands"),
     ("cli",),
     ("__main__",),
 )

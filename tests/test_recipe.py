@@ -65,7 +65,8 @@ output: runs/smollm2-gsm8k
 USERS_OWN = {"model.path", "data.train", "data.eval", "train.steps", "output"}
 ADDED = {  # later than the contract
     *("memory.resident_blocks", "memory.embeddings", "memory.keep_dequantized", "memory.micro_batches_together"),
-    *("memory.host_blocks", "model.dtype", "train.epochs", "train.trackers"),
+    *("memory.host_blocks", "memory.mlp_tile_tokens"),
+    *("model.dtype", "train.epochs", "train.trackers", "train.master_weights"),
 }
 CHOICES = [
     *[("model.quantization", value) for value in ("nf4", "fp4", "none")],
@@ -79,9 +80,11 @@ CHOICES = [
     *[("memory.gradient_checkpointing", value) for value in ("true", "false", "auto", "0", "12")],
     *[("memory.activation_offload", value) for value in ("false", "true", "host", "disk")],
     *[("memory.keep_dequantized", value) for value in ("auto", "true", "false")],
+    *[("memory.mlp_tile_tokens", value) for value in ("auto", "full", "512")],
     *[("memory.micro_batches_together", value) for value in ("auto", "1", "8")],
     *[("memory.loss_chunk_tokens", value) for value in ("auto", "full", "512")],
     *[("train.optimizer", value) for value in ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw")],
+    *[("train.master_weights", value) for value in ("true", "false")],
     *[("train.schedule", value) for value in ("cosine", "linear", "constant")],
     *[("train.device", value) for value in ("auto", "cpu", "cuda", "xpu", "mps")],
     *[(key, "null") for key in ("train.max_grad_norm", "train.eval_every", "train.save_every")],

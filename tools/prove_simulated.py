@@ -22,10 +22,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from qlora_kit.base.loader import Placement
+from qlora_kit import files
 from qlora_kit.data.tokenize import Example
 from qlora_kit.planning.hardware import GIB, Device
 from qlora_kit.planning.planner import Plan, plan_shapes
@@ -33,7 +34,7 @@ from qlora_kit.planning.shapes import catalogue, model_shapes, read_config
 from qlora_kit.profiling.simulated_device import simulated_device
 from qlora_kit.profiling.unfilled import unfilled_base
 from qlora_kit.recipe import Recipe, recipe_for_model
-from qlora_kit.training.loop import Run, assemble, train_step
+from qlora_kit.training.loop import Run, assemble, placement_of, train_step
 from qlora_kit.training.signals import StopRequest
 from qlora_kit.units import format_bytes
 
@@ -117,10 +118,8 @@ def measure(recipe: Recipe, limit_bytes: int | None = None) -> Measured:
 
     Raises: torch.OutOfMemoryError: it takes more than `limit_bytes`.
     """
-    memory = recipe.memory
-    placement = Placement(str(memory.placement), int(memory.resident_blocks))
     with simulated_device(limit_bytes, shapes_only=True) as device:
-        base = unfilled_base(recipe.model, DEVICE, placement, int(memory.host_blocks))
+        base = unfilled_base(recipe.model, DEVICE, placement_of(recipe))
         run = assemble(recipe, base, examples(recipe), [], StopRequest())
         make_optimizer_state(run)
         device.reset_peak()
@@ -136,11 +135,10 @@ def make_optimizer_state(run: Run) -> None:
     run.optimizer.zero_grad(set_to_none=True)
 
 
-def plan_case(case: Case, model: str) -> tuple[Recipe, Plan]:
-    """The recipe as it runs, and its plan."""
-    from unittest import mock
-
-    wanted = recipe_for_model(model, [*STEP, *case.overrides])
+def plan_case(case: Case, folder: Path) -> tuple[Recipe, Plan]:
+    """The recipe as it runs, its output in `folder`, and its plan."""
+    model = _model(case, folder)
+    wanted = recipe_for_model(model, [*STEP, f"output={folder / 'run'}", *case.overrides])
     card, budget = int(case.card_gib * GIB), int(case.budget_gib * GIB)
     device = Device("cuda", f"{case.card_gib:g} GiB card", budget, card - budget)
     with mock.patch("qlora_kit.planning.decide.host_memory_bytes", lambda: int(case.host_gib * GIB)):
@@ -154,7 +152,7 @@ def prove(case: Case) -> Proof:
     Raises: torch.OutOfMemoryError: the plan did not hold.
     """
     with tempfile.TemporaryDirectory() as folder:
-        recipe, plan = plan_case(case, _model(case, Path(folder)))
+        recipe, plan = plan_case(case, Path(folder))
         runtime, started = plan.components["runtime"], time.monotonic()
         measured = measure(recipe, plan.budget_bytes - runtime)
     return Proof(
@@ -173,12 +171,12 @@ def prove(case: Case) -> Proof:
 
 
 def _model(case: Case, folder: Path) -> str:
-    """A name of the catalogue, or a folder with its config and another depth."""
+    """A name of the catalogue, or a file with its config and another depth."""
     if case.layers is None:
         return case.model
     config: dict[str, Any] = catalogue()[case.model]["config"] | {"num_hidden_layers": case.layers}
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
+    files.write_json(folder / "config.json", config)
+    return str(folder / "config.json")
 
 
 def lines(proofs: Sequence[Proof]) -> Iterator[str]:

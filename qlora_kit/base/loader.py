@@ -28,6 +28,7 @@ from qlora_kit.base.linear import FrozenLinear
 from qlora_kit.base.prequantized import FINGERPRINT, PART, PackedWeight, packed_weights
 from qlora_kit.base.shards import Shards, find_shards
 from qlora_kit.base.streaming import BlockStreamer, InFiles, spread, stream_blocks
+from qlora_kit.base.vocabulary import FetchedEmbedding, FetchedHead, Table, fetch_from
 from qlora_kit.base.workspace import Workspace
 from qlora_kit.console import note, progress
 from qlora_kit.errors import ModelError
@@ -136,19 +137,27 @@ def base_fingerprint(shards: Shards) -> str:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the weights of the blocks live.
+    """Where the weights live.
 
     Attributes:
-        tier: `device`, `host` memory, or `disk`: the model's own files, read when a block runs.
+        tier: of the blocks: `device`, `host` memory, or `disk`: the model's own files, read when a block runs.
         resident: with the other two, how many blocks live on the device all the same, evenly spread.
+        host: with `disk`, how many of those that do not live in host memory, evenly spread among them.
+        embeddings: the same choice of three for embedding and head. On a CPU `host` is the device itself.
     """
 
     tier: str = "device"
     resident: int = 0
+    embeddings: str = "device"
+    host: int = 0
 
-    def streamed(self, layers: int) -> set[int]:
-        """The blocks that do not live on the device."""
-        return set() if self.tier == "device" else set(range(layers)) - spread(min(self.resident, layers), layers)
+    def tiers(self, layers: int) -> dict[int, str]:
+        """`host` or `disk` for each block that does not live on the device, by index."""
+        if self.tier == "device":
+            return {}
+        streamed = sorted(set(range(layers)) - spread(min(self.resident, layers), layers))
+        in_host = spread(len(streamed) if self.tier == "host" else min(self.host, len(streamed)), len(streamed))
+        return {index: "host" if position in in_host else "disk" for position, index in enumerate(streamed)}
 
 
 def load_base(settings: recipe.Model, device: torch.device | str = "cpu", placement: Placement | None = None) -> Base:
@@ -157,24 +166,28 @@ def load_base(settings: recipe.Model, device: torch.device | str = "cpu", placem
     Args:
         settings: the recipe's `model` section.
         device: where it is to live.
-        placement: of its blocks. With `disk`, weights stay in the files as they are used: 4-bit ones, or dense ones in
-            the dtype of computation; what the files hold otherwise lives on the device.
+        placement: of its blocks, embedding and head. With `disk`, weights stay in the files as they are used: of the
+            blocks 4-bit ones, or dense ones in the dtype of computation; embedding and head dense in any dtype. What
+            the files hold otherwise lives on the device.
     Raises: ModelError: unsupported architecture, or files that are not exactly this model.
     """
     placement = placement or Placement()
     folder, device = resolve_folder(settings.path, settings.revision), torch.device(device)
     config, source = read_config(str(folder))
     shapes = model_shapes(config, source)  # absurd sizes end here
-    architecture, streamed = shapes.architecture, placement.streamed(shapes.layers)
+    architecture, tiers = shapes.architecture, placement.tiers(shapes.layers)
     shards = Shards(find_shards(folder))
     packed = packed_weights(shards, architecture, config, source)
     settings = _as_stored(settings, packed, source)
     model = build_frozen(config, settings, device, source, packed)
-    homes = {f"{architecture.blocks}.{index}": placement.tier for index in streamed}
+    homes = {f"{architecture.blocks}.{index}": tier for index, tier in tiers.items()}
+    if placement.embeddings == "disk" or (placement.embeddings == "host" and device.type != "cpu"):
+        homes |= dict.fromkeys(_dense_vocabulary(architecture, packed or {}, source), placement.embeddings)
     in_files = _fill(model, architecture, shards, packed or {}, device, homes)
     model.eval().requires_grad_(False)
-    blocks = {index: model.get_submodule(f"{architecture.blocks}.{index}") for index in sorted(streamed)}
-    streamer = stream_blocks(blocks, shards, in_files, device) if blocks else None
+    blocks = {index: model.get_submodule(f"{architecture.blocks}.{index}") for index in tiers}
+    in_host = {index for index, tier in tiers.items() if tier == "host"}
+    streamer = stream_blocks(blocks, in_host, shards, in_files, device) if blocks else None
     return Base(model, architecture, settings, folder, base_fingerprint(shards), device, streamer)
 
 
@@ -270,19 +283,23 @@ def _fill(
     """Give every weight of the model its tensor from the files; returns those of the linears that stay there.
 
     Args:
-        homes: name of a block -> `host` or `disk`, for blocks whose linears do not live on the device.
+        homes: name of a block -> `host` or `disk`, for blocks whose linears do not live on the device; and the same for
+            the names of embedding and head.
     """
     in_files: InFiles = {}
     names = _match_names(model, architecture, shards)
     total = sum(shards.entries[stored].size_bytes for stored in names.values())
     with progress("loading the base", total) as advance:
         for target, stored in names.items():
-            where = f"{shards.entries[stored].path}: {stored}"
+            entry = shards.entry(stored)
+            where = f"{entry.path}: {stored}"
             linear = model.get_submodule(target.rpartition(".")[0])
             tier = homes.get(".".join(target.split(".")[: architecture.blocks.count(".") + 2]), "device")
             away = tier != "device" and isinstance(linear, FrozenLinear) and target.endswith(".weight")
             home = torch.device("cpu") if away and tier == "host" else device
-            if (
+            if target in homes:
+                _place_away(model, target, Table(device, linear.weight.dtype, shards, entry), tier, where)
+            elif (
                 away
                 and tier == "disk"
                 and (names_left := _leave(linear, stored, packed.get(target), shards, device, architecture))
@@ -292,9 +309,21 @@ def _fill(
                 _place_packed(model, target, packed[target], shards, home, where)
             else:
                 _place(model, architecture, target, shards.read(stored), home, where)
-            advance(shards.entries[stored].size_bytes, "")
-    model.tie_weights()
+            advance(entry.size_bytes, "")
+    embedding = model.get_submodule(architecture.embedding)
+    if model.config.tie_word_embeddings and isinstance(embedding, FetchedEmbedding):
+        model.set_submodule(architecture.head, FetchedHead(embedding.table))
+    else:
+        model.tie_weights()
     return in_files
+
+
+def _dense_vocabulary(architecture: Architecture, packed: dict[str, PackedWeight], source: str) -> list[str]:
+    """Names of embedding and head, without those that the files hold in 4 bits: these are dequantized at load."""
+    names = [f"{architecture.embedding}.weight", f"{architecture.head}.weight"]
+    for name in packed.keys() & set(names):
+        note(f"{source}: {name} is in 4 bits; it is dequantized, and stays on the device")
+    return [name for name in names if name not in packed]
 
 
 def _leave(
@@ -373,6 +402,14 @@ def _place(model: Any, architecture: Architecture, name: str, value: Tensor, dev
     else:
         dtype = getattr(module, leaf).dtype
         setattr(module, leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))
+
+
+def _place_away(model: Any, name: str, table: Table, tier: str, where: str) -> None:
+    """Let the embedding, or the head, fetch its rows from a table. Raises: ModelError: its shape is not the model's."""
+    shape = tuple(model.get_submodule(name.removesuffix(".weight")).weight.shape)
+    if table.entry.shape != shape:
+        raise ModelError(f"{where}: shape {list(table.entry.shape)}, the config asks for {list(shape)}")
+    fetch_from(model, name, table.on_host() if tier == "host" else table)
 
 
 def _place_packed(

@@ -4,7 +4,7 @@ Why: quantizing a 70B takes minutes, and reading its 140 GB longer; a checkpoint
 How: the linears of the decoder blocks are quantized, exactly as `train` would, and written as `prequantized` describes;
 all other tensors are copied in the dtype of computation. The original's fingerprint goes into the files' metadata, so
 that an adapter knows its base in either form. The folder appears only when it is whole.
-Imported by: the `quantize` command.
+Imported by: the `quantize` command, training.loop, tools/random_base.py (the layout alone).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class QuantizeReport:
 
 
 @dataclass(frozen=True)
-class _Settings:
+class Settings:
     """How to quantize: also what a state says of every weight."""
 
     quant_type: str
@@ -90,17 +90,17 @@ def quantize_model(
     if config.get("quantization_config") is not None:
         raise ModelError(f"{source}: quantization_config: already quantized; give the original model")
     shapes, shards = model_shapes(config, source), Shards(find_shards(model))
-    settings = _Settings(quant_type, double_quant, getattr(torch, dtype))
+    settings = Settings(quant_type, double_quant, getattr(torch, dtype))
     writer = _Writer(shards, shapes, settings)
-    shard_layouts = list(_split(writer.layouts(), SHARD_BYTES))
-    total = sum(_size(layout) for layout in shard_layouts)
+    shard_layouts = list(split(writer.layouts(), SHARD_BYTES))
+    total = sum(size_bytes(layout) for layout in shard_layouts)
     files.require_free_space(out, total, "the 4-bit checkpoint")
     digest = fingerprint(shards)
     with files.atomic_folder(out) as aside:
         _write_shards(aside, writer, shard_layouts, {"format": "pt", FINGERPRINT: digest})
         carry(model, aside)
         kept = {key: value for key, value in config.items() if key != "torch_dtype"}
-        quantization = {"quantization_config": _quantization_config(settings, writer.head_names)}
+        quantization = {"quantization_config": quantization_config(settings, writer.head_names)}
         files.write_json(aside / "config.json", kept | {"dtype": dtype} | quantization)
     return QuantizeReport(
         base=str(model),
@@ -118,7 +118,7 @@ def quantize_model(
 class _Writer:
     """Lays out and produces the tensors of the checkpoint, which keep the names that the base's files have."""
 
-    def __init__(self, shards: Shards, shapes: ModelShapes, settings: _Settings) -> None:
+    def __init__(self, shards: Shards, shapes: ModelShapes, settings: Settings) -> None:
         self.shards, self.settings = shards, settings
         self.architecture: Architecture = shapes.architecture
         wanted = dict(shapes.linear_weights)
@@ -143,22 +143,9 @@ class _Writer:
                 if entry.shape != self.linears[name]:
                     expected = list(self.linears[name])
                     raise ModelError(f"{entry.path}: {name}: shape {list(entry.shape)}, the config asks for {expected}")
-                yield self._packed_layout(name)
+                yield packed_layout(name, math.prod(self.linears[name]), self.settings)
             else:
                 yield {name: (self.settings.dtype if entry.dtype.is_floating_point else entry.dtype, entry.shape)}
-
-    def _packed_layout(self, name: str) -> Layout:
-        """The parts of a quantized weight: together a multiple of 8 bytes long, so that fp32 parts stay aligned."""
-        shapes = nf4.state_shapes(math.prod(self.linears[name]), self.settings.double_quant)
-        layout: Layout = {}
-        if self.settings.double_quant:
-            layout[f"{name}.nested_absmax"] = (torch.float32, shapes["absmax_scale"][0])
-            layout[f"{name}.nested_quant_map"] = (torch.float32, (256,))
-        layout[f"{name}.quant_map"] = (torch.float32, (16,))
-        layout[f"{name}.absmax"] = (shapes["absmax"][1], shapes["absmax"][0])
-        layout[name] = (torch.uint8, shapes["codes"][0])
-        state_bytes = STATE_BYTES + -_size(layout) % ALIGNMENT
-        return layout | {f"{name}{STATE}{self.settings.quant_type}": (torch.uint8, (state_bytes,))}
 
     def produce(self, name: str) -> Tensor:
         """One tensor of the checkpoint. Raises: NonFiniteError: not finite in the dtype of computation."""
@@ -184,41 +171,64 @@ class _Writer:
         """The parts of a weight, quantized as [O, I], which is how transformers saves Conv1D layers too."""
         weight = self._rounded(name, self.shards.read(name))
         weight = weight.t() if self.architecture.transposed else weight
-        quant_type, layout = self.settings.quant_type, self._packed_layout(name)
-        stored = nf4.quantize(weight, quant_type, self.settings.double_quant)
-        state: dict[str, Any] = {
-            "quant_type": quant_type,
-            "blocksize": nf4.BLOCK,
-            "dtype": self.settings.dtype_name,
-            "shape": list(weight.shape),
-        }
+        stored = nf4.quantize(weight, self.settings.quant_type, self.settings.double_quant)
+        offset = stored["absmax_offset"].item() if self.settings.double_quant else 0.0
         parts = {name: stored["codes"], f"{name}.absmax": stored["absmax"]}
-        parts[f"{name}.quant_map"] = nf4.level_values(quant_type)
         if self.settings.double_quant:
             parts[f"{name}.nested_absmax"] = stored["absmax_scale"]
-            parts[f"{name}.nested_quant_map"] = nf4.absmax_code(torch.device("cpu"))
-            state |= {"nested_blocksize": nf4.NESTED_BLOCK, "nested_dtype": "float32"}
-            state["nested_offset"] = stored["absmax_offset"].item()
-        state_name = f"{name}{STATE}{quant_type}"
-        (state_bytes,) = layout[state_name][1]
-        text = json.dumps(state, allow_nan=False).encode().ljust(state_bytes)
-        return parts | {state_name: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+        return parts | tables(name, tuple(weight.shape), self.settings, offset)
 
 
-def _size(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+def packed_layout(name: str, weights: int, settings: Settings) -> Layout:
+    """The parts of a quantized weight: together a multiple of 8 bytes long, so that fp32 parts stay aligned."""
+    shapes = nf4.state_shapes(weights, settings.double_quant)
+    layout: Layout = {}
+    if settings.double_quant:
+        layout[f"{name}.nested_absmax"] = (torch.float32, shapes["absmax_scale"][0])
+        layout[f"{name}.nested_quant_map"] = (torch.float32, (256,))
+    layout[f"{name}.quant_map"] = (torch.float32, (16,))
+    layout[f"{name}.absmax"] = (shapes["absmax"][1], shapes["absmax"][0])
+    layout[name] = (torch.uint8, shapes["codes"][0])
+    state_bytes = STATE_BYTES + -size_bytes(layout) % ALIGNMENT
+    return layout | {f"{name}{STATE}{settings.quant_type}": (torch.uint8, (state_bytes,))}
+
+
+def tables(name: str, shape: tuple[int, ...], settings: Settings, offset: float) -> dict[str, Tensor]:
+    """The parts of a quantized weight, [O, I], that do not grow with it: its state as JSON, and the tables of levels.
+
+    Args:
+        offset: the mean of absmax; not used without double quantization.
+    """
+    parts = {f"{name}.quant_map": nf4.level_values(settings.quant_type)}
+    state: dict[str, Any] = {
+        "quant_type": settings.quant_type,
+        "blocksize": nf4.BLOCK,
+        "dtype": settings.dtype_name,
+        "shape": list(shape),
+    }
+    if settings.double_quant:
+        parts[f"{name}.nested_quant_map"] = nf4.absmax_code(torch.device("cpu"))
+        state |= {"nested_blocksize": nf4.NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    state_name = f"{name}{STATE}{settings.quant_type}"
+    (state_bytes,) = packed_layout(name, math.prod(shape), settings)[state_name][1]
+    text = json.dumps(state, allow_nan=False).encode().ljust(state_bytes)
+    return parts | {state_name: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+
+
+def size_bytes(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
 
 
-def _split(layouts: Iterator[Layout], limit_bytes: int) -> Iterator[Layout]:
+def split(layouts: Iterator[Layout], limit_bytes: int) -> Iterator[Layout]:
     """Shards of at most `limit_bytes` (or one weight). In each, quantized weights come first: so all stay aligned."""
     shard: list[Layout] = []
     shard_bytes = 0
     for layout in layouts:
-        if shard and shard_bytes + _size(layout) > limit_bytes:
+        if shard and shard_bytes + size_bytes(layout) > limit_bytes:
             yield _joined(shard)
             shard, shard_bytes = [], 0
         shard.append(layout)
-        shard_bytes += _size(layout)
+        shard_bytes += size_bytes(layout)
     yield _joined(shard)
 
 
@@ -231,24 +241,35 @@ def _joined(layouts: list[Layout]) -> Layout:
 
 def _write_shards(folder: Path, writer: _Writer, layouts: list[Layout], metadata: dict[str, str]) -> None:
     """The files, and their index if there are several."""
-    names = ["model.safetensors"]
-    if len(layouts) > 1:
-        names = [f"model-{number:05d}-of-{len(layouts):05d}.safetensors" for number in range(1, len(layouts) + 1)]
-    with progress("quantizing", sum(map(_size, layouts))) as advance:
-        for file_name, layout in zip(names, layouts):
+    with progress("quantizing", sum(map(size_bytes, layouts))) as advance:
+        for file_name, layout in zip(shard_names(len(layouts)), layouts):
 
             def produce(name: str, layout: Layout = layout) -> Tensor:
-                advance(_size({name: layout[name]}), name)
+                advance(size_bytes({name: layout[name]}), name)
                 return writer.produce(name)
 
             write_tensors(folder / file_name, layout, produce, metadata)
-    if len(layouts) > 1:
-        weight_map = {name: file_name for file_name, layout in zip(names, layouts) for name in layout}
-        index = {"metadata": {"total_size": sum(map(_size, layouts))}, "weight_map": weight_map}
-        files.write_json(folder / "model.safetensors.index.json", index)
+    write_index(folder, layouts)
 
 
-def _quantization_config(settings: _Settings, skipped: list[str]) -> dict[str, Any]:
+def shard_names(count: int) -> list[str]:
+    """The names that transformers gives to `count` files."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(folder: Path, layouts: list[Layout]) -> None:
+    """Say which file holds which tensor, if there are several."""
+    if len(layouts) == 1:
+        return
+    names = shard_names(len(layouts))
+    weight_map = {name: file_name for file_name, layout in zip(names, layouts) for name in layout}
+    index = {"metadata": {"total_size": sum(map(size_bytes, layouts))}, "weight_map": weight_map}
+    files.write_json(folder / "model.safetensors.index.json", index)
+
+
+def quantization_config(settings: Settings, skipped: list[str]) -> dict[str, Any]:
     """What transformers' `BitsAndBytesConfig` writes."""
     return {
         "_load_in_4bit": True,

@@ -9,12 +9,13 @@ Imported by: base.loader, adapters.store, training.checkpoint, export.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,17 +95,34 @@ class Shards:
 
     def read_bytes(self, entry: Entry, target: memoryview) -> None:
         """Fill `target` with the tensor's bytes, in large sequential reads."""
+        with self._opened(entry) as file:
+            self._fill(file, entry, 0, target[: entry.size_bytes])
+
+    def read_rows(self, entry: Entry, rows: Sequence[int], target: memoryview) -> None:
+        """Fill `target` with the bytes of some rows (first dimension) of the tensor, one read for each."""
+        row_bytes = entry.size_bytes // entry.shape[0]
+        with self._opened(entry) as file:
+            for position, row in enumerate(rows):
+                self._fill(file, entry, row * row_bytes, target[position * row_bytes : (position + 1) * row_bytes])
+
+    @contextlib.contextmanager
+    def _opened(self, entry: Entry) -> Iterator[int]:
+        """Descriptor of the file that a tensor lies in; what the system refuses is raised as `error`."""
         try:
             with open(entry.path, "rb", buffering=0) as file:
-                done = 0
-                while done < entry.size_bytes:
-                    piece = target[done : min(done + READ_BYTES, entry.size_bytes)]
-                    count = os.preadv(file.fileno(), [piece], entry.offset + done)
-                    if count == 0:
-                        raise self.error(f"{entry.path}: ends at byte {entry.offset + done}, in the middle of a tensor")
-                    done += count
+                yield file.fileno()
         except OSError as problem:
             raise self.error(f"{entry.path}: cannot read: {problem.strerror or problem}") from problem
+
+    def _fill(self, file: int, entry: Entry, start: int, target: memoryview) -> None:
+        """Fill `target` from byte `start` of the tensor on."""
+        done = 0
+        while done < len(target):
+            where = entry.offset + start + done
+            count = os.preadv(file, [target[done : done + READ_BYTES]], where)
+            if count == 0:
+                raise self.error(f"{entry.path}: ends at byte {where}, in the middle of a tensor")
+            done += count
 
     def _folder(self) -> Path:
         return next(iter(self.entries.values())).path.parent if self.entries else Path(".")

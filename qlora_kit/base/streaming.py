@@ -1,29 +1,26 @@
 """Blocks that do not live on the device: brought in before they run, let go after, the next while this one computes.
 
 Why: then one decoder block, not the model, decides what fits. How: each streamed block has a source (a flat tensor in
-host memory, or extents of the checkpoint's own files) and borrows a slot, one of a few reused device buffers; its
-linears' stored tensors become views of it. A slot keeps its block until it is needed for another, so where forward
-turns into backward the last blocks are still there. On an accelerator copies run on a stream of their own, from pinned
-memory, ordered by events both ways; files are read by a thread. On the CPU a block in host memory is used in place.
-Memory: slots x the largest block on the device; for files on an accelerator as much again, pinned, on the host.
+host memory, or extents of the checkpoint's own files) and borrows one of a few slots (`slots`); its linears' stored
+tensors become views of it. A slot keeps its block until it is needed for another, so where forward turns into backward
+the last blocks are still there.
+Memory: that of `slots`, for the largest block.
 Imported by: loader (builds it), training.blocks (acquire and release at the block's boundary).
 """
 
 from __future__ import annotations
 
 import contextlib
-import queue
-import threading
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.linear import FrozenLinear
-from qlora_kit.base.shards import Entry, Shards, bytes_of
+from qlora_kit.base.shards import Entry, Shards
+from qlora_kit.base.slots import Slots, Source
+from qlora_kit.planning.components import blocks_of_a_slab
 
 ALIGNMENT = 256  # bytes; what kernels want of a tensor's start
 InFiles = dict[tuple[FrozenLinear, str], Entry]  # stored tensors that stay in the model's files
@@ -69,37 +66,12 @@ def lay_out(linears: Sequence[FrozenLinear]) -> tuple[list[Piece], int]:
     return pieces, end
 
 
-@dataclass
+@dataclass(frozen=True)
 class StreamedBlock:
-    """A block that is not resident: the layout of its bytes, and where they come from.
-
-    Attributes:
-        host: its bytes in host memory, or None.
-        extents: else for each piece where it lies in the checkpoint's files.
-    """
+    """A block that is not resident: the layout of its bytes, and where they come from."""
 
     pieces: list[Piece]
-    size_bytes: int
-    host: Tensor | None = None
-    extents: list[Entry] = field(default_factory=list)
-
-
-@dataclass
-class _Slot:
-    """A reused device buffer, and what is in it or on its way."""
-
-    buffer: Tensor
-    staging: Tensor | None = None  # pinned host memory, for files on an accelerator
-    block: int | None = None
-    in_use: bool = False
-    last_use: int = 0
-    arrived: threading.Event = field(default_factory=threading.Event)
-    failure: BaseException | None = None
-    copied: Any = None  # event on the copy stream: the bytes are in the buffer
-    free: Any = None  # event on the compute stream: nobody reads the buffer any more
-
-
-_Job = tuple[StreamedBlock, _Slot]
+    source: Source
 
 
 class BlockStreamer:
@@ -107,7 +79,7 @@ class BlockStreamer:
 
     Args:
         blocks: the streamed ones by index of the block.
-        shards: the files that `extents` refer to.
+        shards: the files that their sources refer to.
         device: where the slots are.
         slots: at least 2; more hide slower sources.
     """
@@ -115,37 +87,13 @@ class BlockStreamer:
     def __init__(
         self, blocks: Mapping[int, StreamedBlock], shards: Shards, device: torch.device, slots: int = 2
     ) -> None:
-        if slots < 2:
-            raise ValueError(f"{slots} slots: the next block could not be fetched while one computes")
-        self.blocks, self.device = dict(blocks), device
-        self._accelerated = device.type != "cpu"
-        self._clock = 0
-        largest = max((block.size_bytes for block in self.blocks.values()), default=0)
-        needs_slots = any(self._needs_slot(block) for block in self.blocks.values())
-        staged = self._accelerated and any(block.host is None for block in self.blocks.values())
-        self._slots = [
-            _Slot(
-                torch.empty(largest, dtype=torch.uint8, device=device),
-                torch.empty(largest, dtype=torch.uint8, pin_memory=True) if staged else None,
-            )
-            for _ in range(min(slots, len(self.blocks)) if needs_slots else 0)
-        ]
-        # One stream for each thread that copies: the caller's, and the reader's.
-        self._host_copies = torch.Stream(device=device) if self._accelerated and needs_slots else None
-        self._file_copies = torch.Stream(device=device) if staged else None
-        for stream in (self._host_copies, self._file_copies):
-            if stream is not None:  # the slots' memory may still be in use by what had it before
-                stream.wait_stream(torch.accelerator.current_stream(device))
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        if any(block.host is None for block in self.blocks.values()):
-            reader = (self._jobs, shards, self._file_copies)
-            threading.Thread(target=_read_ahead, args=reader, name="qlora_kit block reader", daemon=True).start()
-            weakref.finalize(self, self._jobs.put, None)
+        self.blocks = dict(blocks)
+        self._slots = Slots({index: block.source for index, block in self.blocks.items()}, shards, device, slots)
 
     @property
     def slot_bytes(self) -> int:
         """Device memory of all slots."""
-        return sum(slot.buffer.numel() for slot in self._slots)
+        return self._slots.slot_bytes
 
     @contextlib.contextmanager
     def block(self, index: int, following: int | None) -> Iterator[None]:
@@ -154,127 +102,69 @@ class BlockStreamer:
         Raises: ModelError: its bytes cannot be read; names the file.
         """
         if index not in self.blocks:
-            self._fetch(following)
+            self._slots.fetch(following)
             yield
             return
-        block = self.blocks[index]
-        slot = self._acquire(index)
-        try:
-            buffer = block.host if slot is None else slot.buffer
-            assert buffer is not None
-            for piece in block.pieces:
-                piece.attach(buffer)
-            self._fetch(following)
-            yield
-        finally:
-            for piece in block.pieces:
-                piece.detach()
-            if slot is not None:
-                self._release(slot)
-
-    def _needs_slot(self, block: StreamedBlock) -> bool:
-        return self._accelerated or block.host is None
-
-    def _acquire(self, index: int) -> _Slot | None:
-        """The slot that holds the block, its bytes arrived and visible to the current stream; None: used in place."""
-        if not self._needs_slot(self.blocks[index]):
-            return None
-        slot = self._fetch(index)
-        if slot is None:
-            raise RuntimeError(f"block {index}: every slot is in use; one block may run at a time")
-        slot.arrived.wait()
-        if slot.failure is not None:
-            failure, slot.block, slot.failure = slot.failure, None, None
-            raise failure
-        if slot.copied is not None:
-            torch.accelerator.current_stream(self.device).wait_event(slot.copied)
-        self._clock += 1
-        slot.in_use, slot.last_use = True, self._clock
-        return slot
-
-    def _release(self, slot: _Slot) -> None:
-        slot.in_use = False
-        if self._accelerated:
-            slot.free = torch.accelerator.current_stream(self.device).record_event()
-
-    def _fetch(self, index: int | None) -> _Slot | None:
-        """Start bringing a block in, unless it is there or on its way; None: no slot is free, or it needs none."""
-        if index is None or index not in self.blocks or not self._needs_slot(self.blocks[index]):
-            return None
-        for slot in self._slots:
-            if slot.block == index:
-                return slot
-        free = [slot for slot in self._slots if not slot.in_use and (slot.block is None or slot.arrived.is_set())]
-        if not free:
-            return None
-        slot = min(free, key=lambda candidate: candidate.last_use)
-        slot.block, slot.failure = index, None
-        slot.arrived.clear()
-        block = self.blocks[index]
-        if block.host is None or self._host_copies is None:
-            self._jobs.put((block, slot))
-        else:
-            _copy_in(block.host, slot, block.size_bytes, self._host_copies)
-            slot.arrived.set()
-        return slot
-
-
-def _copy_in(source: Tensor, slot: _Slot, size_bytes: int, stream: torch.Stream) -> None:
-    """Host bytes to the slot on a copy stream, after the last reader of the slot."""
-    with stream:
-        if slot.free is not None:
-            stream.wait_event(slot.free)
-        slot.buffer[:size_bytes].copy_(source[:size_bytes], non_blocking=True)
-        slot.copied = stream.record_event()
-
-
-def _read_ahead(jobs: queue.SimpleQueue[_Job | None], shards: Shards, stream: torch.Stream | None) -> None:
-    """The reader thread: files into slots, or through pinned memory where the device is an accelerator.
-
-    It holds no reference to the streamer, so that a base that is let go of lets its slots go too.
-    """
-    while (job := jobs.get()) is not None:
-        block, slot = job
-        try:
-            if slot.staging is not None and slot.copied is not None:
-                slot.copied.synchronize()  # the last copy out of the pinned memory
-            target = slot.buffer if slot.staging is None else slot.staging
-            for piece, extent in zip(block.pieces, block.extents):
-                shards.read_bytes(extent, bytes_of(target[piece.offset : piece.offset + piece.size_bytes]))
-            if slot.staging is not None and stream is not None:
-                _copy_in(slot.staging, slot, block.size_bytes, stream)
-        except BaseException as failure:  # raised where the block is needed
-            slot.failure = failure
-        slot.arrived.set()
-        del job, block, slot
+        pieces = self.blocks[index].pieces
+        with self._slots.lent(index, following) as buffer:
+            try:
+                for piece in pieces:
+                    piece.attach(buffer)
+                yield
+            finally:
+                for piece in pieces:
+                    piece.detach()
 
 
 def stream_blocks(
-    blocks: Mapping[int, nn.Module], shards: Shards, in_files: InFiles, device: torch.device
+    blocks: Mapping[int, nn.Module], in_host: Set[int], shards: Shards, in_files: InFiles, device: torch.device
 ) -> BlockStreamer:
     """A streamer for blocks whose linears are in host memory, or have stayed in the files.
 
-    Host memory is packed block by block into one tensor each, pinned where the device is an accelerator.
+    Args:
+        blocks: by index.
+        in_host: the indices of those in host memory; they are packed block by block, pinned for an accelerator.
+        in_files: stored tensors of the linears of the others, as far as they have stayed in the files.
     """
     streamed = {}
-    for index, block in blocks.items():
-        linears = [module for module in block.modules() if isinstance(module, FrozenLinear)]
-        if in_files:
-            linears = [linear for linear in linears if (linear, linear.stored[0]) in in_files]
+    for index in sorted(blocks.keys() - in_host):
+        linears = [linear for linear in _linears(blocks[index]) if (linear, linear.stored[0]) in in_files]
         pieces, size_bytes = lay_out(linears)
-        if in_files:
-            extents = [in_files[piece.linear, piece.name] for piece in pieces]
-            streamed[index] = StreamedBlock(pieces, size_bytes, extents=extents)
-            continue
-        host = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=device.type != "cpu")
+        extents = tuple((piece.offset, in_files[piece.linear, piece.name]) for piece in pieces)
+        streamed[index] = StreamedBlock(pieces, Source(size_bytes, extents=extents))
+    layouts = {index: lay_out(_linears(blocks[index])) for index in sorted(in_host)}
+    rooms = host_memory([size_bytes for _, size_bytes in layouts.values()], pinned=device.type != "cpu")
+    for (index, (pieces, size_bytes)), room in zip(layouts.items(), rooms):
         for piece in pieces:
-            piece.view(host).copy_(getattr(piece.linear, piece.name))
+            piece.view(room).copy_(getattr(piece.linear, piece.name))
             piece.detach()
-        for linear in linears:
+        for linear in _linears(blocks[index]):
             for name in set(linear.stored) - STREAMED:
                 setattr(linear, name, getattr(linear, name).to(device))
-        streamed[index] = StreamedBlock(pieces, size_bytes, host=host)
+        streamed[index] = StreamedBlock(pieces, Source(size_bytes, room))
     return BlockStreamer(streamed, shards, device)
+
+
+def _linears(block: nn.Module) -> list[FrozenLinear]:
+    return [module for module in block.modules() if isinstance(module, FrozenLinear)]
+
+
+def host_memory(sizes: Sequence[int], *, pinned: bool) -> Iterator[Tensor]:
+    """Room in host memory for each block, uint8 [its size].
+
+    torch rounds pinned memory up to a power of two (a block of 428 MiB would take 512), so several blocks share an
+    allocation of which little is wasted.
+    """
+    if not pinned:
+        yield from (torch.empty(size, dtype=torch.uint8) for size in sizes)
+        return
+    largest = max(sizes, default=0)
+    left = list(sizes)
+    while left:
+        count = blocks_of_a_slab(largest, len(left))
+        slab = torch.empty(count * largest, dtype=torch.uint8, pin_memory=True)
+        for number in range(count):
+            yield slab[number * largest :][: left.pop(0)]
 
 
 def spread(resident: int, total: int) -> set[int]:

@@ -9,7 +9,7 @@ Imports no torch. Imported by planning, and by training, generation and export f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from math import prod
 
 from qlora_kit.architectures import LinearShape
@@ -20,7 +20,7 @@ from qlora_kit.planning.quantities import (
     is_quantized,
     recomputed_blocks,
     resident_blocks,
-    targets,
+    target_sides,
     together,
     tokens,
     value_bytes,
@@ -45,6 +45,7 @@ QUANT_BLOCK = 64  # weights that share one absmax (Dettmers et al. 2023, section
 CONSTANT_BLOCK = 256  # absmax values that share one fp32 scale under double quantization (same section)
 AUTO_LOSS_CHUNK_TOKENS = 512
 LOSS_CHUNK_VOCABULARY = 16384  # rows of the head that are used at a time
+SLAB_BYTES = 4 << 30  # of pinned memory in one allocation
 SLOTS = 2  # buffers of `base.streaming`: one block computes, the next arrives
 ALIGNMENT = 256  # of tensors in slots and in the workspace
 
@@ -80,6 +81,29 @@ def slots(shapes: ModelShapes, recipe: Recipe) -> int:
     """Device buffers that blocks which live elsewhere are brought into."""
     away = shapes.layers - resident_blocks(shapes, recipe)
     return min(away, SLOTS) * slot_bytes(shapes, recipe)
+
+
+def blocks_of_a_slab(size_bytes: int, count: int) -> int:
+    """How many of `count` blocks should share one pinned allocation of at most SLAB_BYTES: the best used, then most."""
+
+    def used(number: int) -> tuple[float, int]:
+        return number * size_bytes / pinned(number * size_bytes), number
+
+    return max(range(1, max(1, min(count, SLAB_BYTES // size_bytes)) + 1), key=used)
+
+
+def pinned(size_bytes: int) -> int:
+    """What torch's allocator of pinned host memory takes for a request: the smallest power of two that is not less."""
+    return 1 << (size_bytes - 1).bit_length() if size_bytes else 0
+
+
+def pinned_blocks(shapes: ModelShapes, recipe: Recipe, count: int) -> int:
+    """Pinned host memory of so many blocks."""
+    size_bytes, taken = slot_bytes(shapes, recipe), 0
+    while count:
+        shared = blocks_of_a_slab(size_bytes, count)
+        taken, count = taken + pinned(shared * size_bytes), count - shared
+    return taken
 
 
 def base_nf4(shapes: ModelShapes, recipe: Recipe) -> int:
@@ -125,17 +149,15 @@ def base_unquantized(shapes: ModelShapes, recipe: Recipe) -> int:
     return parameters * value_bytes(recipe)
 
 
-def adapter_tensors(shapes: ModelShapes, recipe: Recipe) -> Iterator[int]:
-    """Parameters of each trained tensor: A [rank, in] and B [out, rank] of every target."""
-    for block in targets(shapes, recipe):
-        for linear in block:
-            yield recipe.adapter.rank * linear.in_features
-            yield recipe.adapter.rank * linear.out_features
+def adapter_tensors(shapes: ModelShapes, recipe: Recipe) -> Mapping[int, int]:
+    """Parameters of a trained tensor, A [rank, in] or B [out, rank] of a target -> how many tensors have as many."""
+    sides = target_sides(shapes, recipe)
+    return {recipe.adapter.rank * side: count for side, count in sides.items()}
 
 
 def trainable_parameters(shapes: ModelShapes, recipe: Recipe) -> int:
     """rank * (in + out), summed over the targets. Source: Hu et al. 2021 (arXiv:2106.09685), section 4.2."""
-    return sum(adapter_tensors(shapes, recipe))
+    return sum(size * count for size, count in adapter_tensors(shapes, recipe).items())
 
 
 def adapter(shapes: ModelShapes, recipe: Recipe) -> int:
@@ -149,24 +171,30 @@ def gradients(shapes: ModelShapes, recipe: Recipe) -> int:
 
 
 def optimizer(shapes: ModelShapes, recipe: Recipe) -> int:
-    """Both moments of every trained tensor, by the row of OPTIMIZERS; paged state counts as if it lay on the device."""
-    row = OPTIMIZERS[recipe.train.optimizer]
-    return sum(row.state_bytes(count) for count in adapter_tensors(shapes, recipe))
+    """Both moments of every trained tensor, by the row of OPTIMIZERS, and the lower halves of master weights.
+
+    Paged state counts as if it lay on the device. The lower halves, 2 bytes a trained parameter, always do.
+    """
+    row, lower_bytes, dtype_bytes = OPTIMIZERS[recipe.train.optimizer], 0, DTYPE_BYTES[recipe.adapter.dtype]
+    if recipe.keeps_master_weights:
+        lower_bytes, dtype_bytes = FP32 - dtype_bytes, FP32
+    tensors = adapter_tensors(shapes, recipe).items()
+    return sum(count * (row.state_bytes(size, dtype_bytes) + lower_bytes * size) for size, count in tensors)
 
 
 # ------------------------------------------------------------------------------------- the head, and what is reused
 
 
 def logits(shapes: ModelShapes, recipe: Recipe, with_gradient: bool = True) -> int:
-    """One chunk of logits at the highest point of `training.loss`, which turns them into their gradient in place.
+    """One tile of logits of `training.loss`: a chunk of tokens by a chunk of the vocabulary, worked on in place.
 
-    An element: `model.dtype` as projected (none of its own when that is fp32), the fp32 copy, and the temporary of its
-    log-sum-exp: 10 bytes with bf16, where transformers' loss takes 14. Capped logits need their slope in fp32 too.
+    An element: `model.dtype` as projected (none of its own when that is fp32) and fp32, 6 bytes with bf16, where
+    transformers' loss takes 14 of all logits. Capped logits need the square of their tanh in fp32 too, for the slope.
     """
     dtype_bytes = value_bytes(recipe)
-    slope = FP32 if shapes.softcap and with_gradient else 0
-    per_element = (dtype_bytes if dtype_bytes < FP32 else 0) + 2 * FP32 + slope
-    return loss_chunk_tokens(recipe) * shapes.vocabulary * per_element
+    squares = FP32 if shapes.softcap and with_gradient else 0
+    per_element = (dtype_bytes if dtype_bytes < FP32 else 0) + FP32 + squares
+    return loss_chunk_tokens(recipe) * min(shapes.vocabulary, LOSS_CHUNK_VOCABULARY) * per_element
 
 
 def fetches_head(recipe: Recipe) -> bool:
@@ -175,7 +203,11 @@ def fetches_head(recipe: Recipe) -> bool:
 
 
 def head_slots(shapes: ModelShapes, recipe: Recipe) -> int:
-    """Device buffers that chunks of a head that lives elsewhere are brought into, during a pass over it only."""
+    """Device buffers that chunks of a head that lives elsewhere are brought into, during a pass over it only.
+
+    With `disk` on an accelerator there are as many pinned bytes on the host. Files whose dtype is not `model.dtype`
+    make them larger or smaller by that ratio, and add one chunk as it is used; this is not counted.
+    """
     if not fetches_head(recipe):
         return 0
     rows = min(LOSS_CHUNK_VOCABULARY, shapes.vocabulary)
@@ -183,11 +215,17 @@ def head_slots(shapes: ModelShapes, recipe: Recipe) -> int:
 
 
 def around_head(shapes: ModelShapes, recipe: Recipe) -> int:
-    """What `training.loss` and the final norm hold of one micro-batch beside its logits.
+    """What `training.loss` and the final norm hold beside the tile of logits.
 
-    The norm's fp32 copy, the last hidden state, its learned rows, their gradient.
+    For all tokens the norm's fp32 copy, the last hidden state, and its learned rows, which become their gradient. For
+    those that pass the head together (a chunk; all of them where the head is fetched) an fp32 sum and the target's row.
+    For a chunk the product that is added to the sum, and its fp32 copy.
     """
-    return tokens(recipe) * shapes.hidden * (FP32 + 3 * value_bytes(recipe))
+    dtype_bytes, chunk = value_bytes(recipe), loss_chunk_tokens(recipe)
+    together = tokens(recipe) if fetches_head(recipe) else chunk
+    added = FP32 + (dtype_bytes if dtype_bytes < FP32 else 0)
+    rows = (tokens(recipe) * (FP32 + 2 * dtype_bytes), together * (FP32 + dtype_bytes), chunk * added)
+    return shapes.hidden * sum(rows)
 
 
 def workspace(shapes: ModelShapes, recipe: Recipe) -> int:

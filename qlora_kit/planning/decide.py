@@ -169,7 +169,12 @@ def _most_on_host(shapes: ModelShapes, recipe: Recipe, device: Device) -> int:
     without = _host_bytes(shapes, with_memory(recipe, host_blocks=0), device)
     free = max(0, int(HOST_SHARE * host_memory_bytes()) - without)
     streamed = shapes.layers - resident_blocks(shapes, recipe)
-    return min(streamed, free // components.slot_bytes(shapes, recipe))
+    few, many = 0, min(streamed, free // components.slot_bytes(shapes, recipe))
+    while few < many:
+        middle = -(-(few + many) // 2)
+        there = components.pinned_blocks(shapes, recipe, middle) <= free
+        few, many = (middle, many) if there else (few, middle - 1)
+    return few
 
 
 # ------------------------------------------------------------------------------------------- memory that is left over

@@ -7,7 +7,7 @@ Imports no torch. Imported by planning/planner.
 
 from __future__ import annotations
 
-from qlora_kit.planning import activations, components
+from qlora_kit.planning import activations, block, components
 from qlora_kit.planning.components import COMPONENTS, Ledger
 from qlora_kit.planning.quantities import (
     FP32,
@@ -73,16 +73,11 @@ def _in_final_norm(shapes: ModelShapes, recipe: Recipe) -> int:
 
 
 def evaluation_moments(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) -> dict[str, Ledger]:
-    """The same without gradients: nothing is kept, one block's forward or one chunk of logits is alive.
+    """The same without gradients: nothing is kept, one block's forward or one tile of logits is alive.
 
-    A block's forward, a token: its norm, the outputs of `mlp_in`, act(gate) and the product; of all micro-batches that
-    pass together, inputs and outputs.
+    Of all micro-batches that pass together there are inputs and outputs of the block.
     """
     static = static_ledger(shapes, recipe, runtime_bytes) | {"gradients": 0}
-    row = shapes.architecture
-    produced = sum(shapes.linear(name).out_features for name in row.mlp_in)
-    in_block = shapes.hidden + produced + 2 * shapes.linear(row.mlp_out).in_features
-    forward = tokens(recipe) * in_block * value_bytes(recipe) + activations.score_bytes(shapes, recipe)
     hidden = tokens(recipe) * shapes.hidden * (FP32 + value_bytes(recipe))
     arguments, passing = activations.call_arguments(shapes, recipe), activations.block_inputs(shapes, recipe, 1)
     return {
@@ -92,7 +87,7 @@ def evaluation_moments(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) 
             "logits": components.logits(shapes, recipe, with_gradient=False),
             "workspace": static["workspace"] + components.head_slots(shapes, recipe),
         },
-        "block forward": static | {"activations": arguments + 2 * passing + forward},
+        "block forward": static | {"activations": arguments + 2 * passing + block.in_forward(shapes, recipe)},
     }
 
 

@@ -20,7 +20,6 @@ from qlora_kit.planning.quantities import (
     is_quantized,
     resident_blocks,
     value_bytes,
-    vocabulary_parameters,
 )
 from qlora_kit.planning.shapes import ModelShapes
 from qlora_kit.recipe import Recipe
@@ -89,21 +88,24 @@ def _load(shapes: ModelShapes, recipe: Recipe, device: Device, static: Ledger) -
 
 
 def away_bytes(shapes: ModelShapes, recipe: Recipe, device: Device) -> int:
-    """Host memory beside an accelerator that weights take: blocks, embedding and head, and what comes from files.
+    """Pinned host memory beside an accelerator for weights: blocks, embedding and head, and what comes from files.
 
-    Blocks and chunks of the head that are read from files pass through as many pinned bytes as their slots have.
+    Blocks and chunks of the head that are read from files pass through a pinned buffer for each of their slots.
     """
     if device.kind == "cpu":
         return 0
     on_host = host_blocks(shapes, recipe)
     on_disk = shapes.layers - resident_blocks(shapes, recipe) - on_host
-    weights = on_host * components.slot_bytes(shapes, recipe)
-    staging = components.slots(shapes, recipe) if on_disk else 0
-    tables = {
-        "host": vocabulary_parameters(shapes) * value_bytes(recipe),
-        "disk": components.head_slots(shapes, recipe),
-    }
-    return weights + staging + tables.get(recipe.memory.embeddings, 0)
+    slots = min(components.SLOTS, shapes.layers - resident_blocks(shapes, recipe)) if on_disk else 0
+    tables = 1 if shapes.tied else 2
+    table = shapes.vocabulary * shapes.hidden * value_bytes(recipe)
+    chunks = components.SLOTS * components.pinned(components.head_slots(shapes, recipe) // components.SLOTS)
+    vocabulary = {"host": tables * components.pinned(table), "disk": chunks}
+    return (
+        components.pinned_blocks(shapes, recipe, on_host)
+        + slots * components.pinned(components.slot_bytes(shapes, recipe))
+        + vocabulary.get(recipe.memory.embeddings, 0)
+    )
 
 
 def offloaded_bytes(shapes: ModelShapes, recipe: Recipe, device: Device) -> int:

@@ -22,7 +22,8 @@ from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
 from qlora_kit.planning.suggest import Change, changed, suggestions
 from qlora_kit.recipe import Memory, Recipe
 
-DECIDED = sorted(Memory.model_fields.keys() - {"budget", "loss_chunk_tokens"})  # keys that a plan gives to the run
+# Keys that a plan gives to the run: those that change no bit of its result.
+DECIDED = sorted(Memory.model_fields.keys() - {"budget", "loss_chunk_tokens", "mlp_tile_tokens"})
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ def _settings(recipe: Recipe, device: Device) -> dict[str, Any]:
         "train.device": device.kind,
         "memory.budget": device.memory_bytes,
         "memory.loss_chunk_tokens": components.loss_chunk_tokens(recipe),
+        "memory.mlp_tile_tokens": recipe.memory.tile_tokens or "full",
     }
     if unpaged is not None and device.kind != "cuda":
         change["train.optimizer"] = unpaged

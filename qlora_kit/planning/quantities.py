@@ -7,6 +7,7 @@ Imports no torch. Imported by planning/components, planning/activations, plannin
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 
 from qlora_kit.architectures import LinearShape
@@ -78,7 +79,32 @@ def _selected(shapes: ModelShapes, target_modules: str | tuple[str, ...]) -> lis
     return select_targets(shapes, target_modules)
 
 
+@lru_cache(maxsize=8)
+def _sides(shapes: ModelShapes, target_modules: str | tuple[str, ...]) -> Counter[int]:
+    linears = [linear for block in _selected(shapes, target_modules) for linear in block]
+    return Counter(side for linear in linears for side in (linear.in_features, linear.out_features))
+
+
+@lru_cache(maxsize=8)
+def _different(shapes: ModelShapes, target_modules: str | tuple[str, ...]) -> list[list[LinearShape]]:
+    return [list(block) for block in dict.fromkeys(map(tuple, _selected(shapes, target_modules)))]
+
+
+def _wanted(recipe: Recipe) -> str | tuple[str, ...]:
+    wanted = recipe.adapter.target_modules
+    return wanted if isinstance(wanted, str) else tuple(wanted)
+
+
 def targets(shapes: ModelShapes, recipe: Recipe) -> list[list[LinearShape]]:
     """The targeted linears of each block. Raises: RecipeError: a target selects nothing."""
-    wanted = recipe.adapter.target_modules
-    return _selected(shapes, wanted if isinstance(wanted, str) else tuple(wanted))
+    return _selected(shapes, _wanted(recipe))
+
+
+def target_sides(shapes: ModelShapes, recipe: Recipe) -> Counter[int]:
+    """Inputs and outputs of all targeted linears: how often each width occurs."""
+    return _sides(shapes, _wanted(recipe))
+
+
+def selections(shapes: ModelShapes, recipe: Recipe) -> list[list[LinearShape]]:
+    """The targeted linears of a block, each different selection once: in most recipes blocks are alike."""
+    return _different(shapes, _wanted(recipe))

@@ -22,7 +22,7 @@ MEANINGS = {
     "base_unquantized": "embeddings, head, norms, biases",
     "adapter": "LoRA A and B",
     "gradients": "of A and B",
-    "optimizer": "both moments of A and B",
+    "optimizer": "moments (and masters) of A and B",
     "activations": "kept for backward, a block's own",
     "logits": "one chunk of the loss",
     "workspace": "dequantized and incoming weights",

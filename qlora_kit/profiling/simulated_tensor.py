@@ -79,7 +79,7 @@ class SimulatedDevice:
 
     @property
     def pinned_bytes(self) -> int:
-        """Of host memory that is pinned now."""
+        """Of host memory that is pinned now, each allocation rounded up to a power of two as CUDA's are."""
         return sum(size_bytes for reference, size_bytes in self._pinned.values() if not reference.expired())
 
     def is_pinned(self, host: Tensor) -> bool:
@@ -91,7 +91,8 @@ class SimulatedDevice:
         """Declare the memory of a host tensor to be pinned, and return it."""
         storage = host.untyped_storage()
         self._pinned = {address: seen for address, seen in self._pinned.items() if not seen[0].expired()}
-        self._pinned[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        taken = 1 << (storage.nbytes() - 1).bit_length() if storage.nbytes() else 0
+        self._pinned[storage._cdata] = (StorageWeakRef(storage), taken)
         return host
 
     def make(self, make: Callable[[str], Tensor]) -> DeviceTensor:

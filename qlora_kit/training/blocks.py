@@ -13,8 +13,10 @@ Source of recomputation: Chen et al. 2016, arXiv:1604.06174. Imported by: traini
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from qlora_kit.adapters.lora import DropoutSeed
 from qlora_kit.base.linear import FrozenLinear
 from qlora_kit.base.loader import Base
 from qlora_kit.base.workspace import aligned
+from qlora_kit.training.offload import InputStore, input_store
+from qlora_kit.training.tiles import TokenWise
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class _RunBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, runner: BlockRunner, calls: Sequence[Call], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.runner, ctx.calls, ctx.with_input, ctx.kept = runner, calls, ctx.needs_input_grad[2], []
-        outputs = []
+        ctx.runner, ctx.calls, ctx.with_input, ctx.kept = runner, calls, ctx.needs_input_grad[2], _Kept()
+        runner.latest, outputs = weakref.ref(ctx.kept), []
         with runner.weights(runner.index + 1, reused=len(calls) > 1):
             for hidden, call in zip(tensors, calls):
                 output, kept = runner.run_and_keep(hidden, call, ctx.with_input)
@@ -55,13 +59,19 @@ class _RunBlock(torch.autograd.Function):
         runner, parameters, grad_inputs = ctx.runner, ctx.runner.parameters(), []
         with runner.weights(runner.index - 1, reused=len(ctx.calls) > 1 or runner.recomputes):
             for call, grad in zip(ctx.calls, grads):
-                hidden, output = runner.graph_of(ctx.kept.pop(0), call, ctx.with_input)
+                hidden, output = runner.graph_of(ctx.kept, call, ctx.with_input)
                 inputs = [hidden, *parameters] if ctx.with_input else parameters
                 found = list(torch.autograd.grad(output, inputs, grad, allow_unused=True))
                 del hidden, output, inputs
                 grad_inputs.append(found.pop(0) if ctx.with_input else None)
                 _accumulate(parameters, found)
         return (None, None, *grad_inputs, *(None for _ in parameters))
+
+
+class _Kept(list[Any]):
+    """What backward needs of each micro-batch, in order; the graph owns it."""
+
+    __slots__ = ("__weakref__",)
 
 
 def _accumulate(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> None:
@@ -79,15 +89,19 @@ class Passage:
     Attributes:
         recomputed: how many blocks, the first ones, are recomputed in backward; the others keep their activations,
             which are free again when the recomputed ones need room.
+        tile_tokens: positions of a tile of an MLP, 0: all; see `tiles`.
         keep_dequantized: keep a block's weights from the recomputation to their use, and from one micro-batch to the
             next.
         dropout_seed: of the adapter, set anew for each micro-batch.
+        store: where the inputs of recomputed blocks are until backward.
         intercept: takes the place of every block while the arguments of a forward are recorded; see `_recorded`.
     """
 
     recomputed: int
+    tile_tokens: int = 0
     keep_dequantized: bool = False
     dropout_seed: DropoutSeed = field(default_factory=DropoutSeed)
+    store: InputStore = field(default_factory=lambda: input_store("device", torch.device("cpu"), Path()))
     intercept: Callable[[int, Tensor, Call], Tensor] | None = None
 
 
@@ -99,10 +113,25 @@ class BlockRunner:
         self.block = base.blocks()[index]
         self.plain_forward = self.block.forward
         self.recomputes = index < settings.recomputed
+        self.latest: Callable[[], list[Any] | None] = lambda: None  # what its last forward keeps, while it is wanted
         self._linears = [module for module in self.block.modules() if isinstance(module, FrozenLinear)]
         self._dense_bytes = sum(aligned(linear.dense_bytes) for linear in self._linears)
         row = base.architecture
         self._last: Any = None if row.output_norm else self.block.get_submodule(row.mlp_out)
+        self._run_tokens_apart()
+
+    def _run_tokens_apart(self) -> None:
+        """Put a `TokenWise` before the MLP, unless its output is needed in backward, and before each RMS norm."""
+        row, settings = self.base.architecture, self.settings
+        modules = {row.mlp_out.rpartition(".")[0]} if self._last is not None else set()
+        if row.layer_norm_copies is None:
+            modules |= {name for name, module in self.block.named_modules() if name.endswith("norm")}
+        for name in modules:
+            module, last = self.block.get_submodule(name), self._last if row.mlp_out.startswith(name) else None
+            if isinstance(module.__dict__.get("forward"), TokenWise):
+                del module.forward
+            recomputes = self.recomputes or last is None
+            module.forward = TokenWise(module, settings.tile_tokens, recomputes, settings.dropout_seed, last)
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call = Call(args, kwargs, self.settings.dropout_seed.key)
@@ -143,18 +172,29 @@ class BlockRunner:
         hidden = hidden.detach()
         if self.recomputes:
             with torch.no_grad():
-                return self._run(hidden, call), hidden
+                return self._run(hidden, call), self.settings.store.keep(hidden)
         with torch.enable_grad():
             output = self._run(hidden.requires_grad_(with_input), call)
         return output.detach(), (hidden, output)
 
-    def graph_of(self, kept: Any, call: Call, with_input: bool) -> tuple[Tensor, Tensor]:
-        """(input, output) with a graph between them. Of a recomputed block the output's values are not to be used."""
+    def graph_of(self, waiting: list[Any], call: Call, with_input: bool) -> tuple[Tensor, Tensor]:
+        """(input, output) of the first micro-batch that waits, with a graph between them.
+
+        Of a recomputed block the output's values are not to be used.
+        """
+        kept = waiting.pop(0)
         if not self.recomputes:
             return kept
-        hidden = kept.detach().requires_grad_(with_input)
+        hidden = self.settings.store.take(kept).requires_grad_(with_input)
+        for upcoming in (waiting or self._waiting_before())[:1]:
+            self.settings.store.prefetch(upcoming)
         with torch.enable_grad(), self._without_last_product():
             return hidden, self._run(hidden, call)
+
+    def _waiting_before(self) -> list[Any]:
+        """What the block before this one, whose backward comes next, has kept; a hint."""
+        before = self.base.blocks()[self.index - 1].forward if self.index else None
+        return (before.latest() or []) if isinstance(before, BlockRunner) and before.recomputes else []
 
     @contextlib.contextmanager
     def _without_last_product(self) -> Iterator[None]:
@@ -172,26 +212,20 @@ class BlockRunner:
         return self.plain_forward(hidden, *call.args, **call.kwargs)
 
 
-def attach(
-    base: Base,
-    recomputed: int | bool = True,
-    *,
-    keep_dequantized: bool = False,
-    dropout_seed: DropoutSeed | None = None,
-) -> None:
+def attach(base: Base, recomputed: int | bool = True, **settings: Any) -> None:
     """Put a `BlockRunner` before every block.
 
     Args:
         recomputed: how many blocks are recomputed in backward; True: all, False: none.
-        keep_dequantized, dropout_seed: see `Passage`.
+        settings: the other attributes of `Passage`.
     """
     blocks = base.blocks()
     count = len(blocks) * recomputed if isinstance(recomputed, bool) else recomputed
-    settings = Passage(count, keep_dequantized, dropout_seed or DropoutSeed())
+    passage = Passage(count, **settings)
     for index, block in enumerate(blocks):
         if isinstance(block.__dict__.get("forward"), BlockRunner):
             del block.forward
-        block.forward = BlockRunner(base, index, settings)
+        block.forward = BlockRunner(base, index, passage)
 
 
 def last_hidden_states(base: Base, batches: Sequence[Any], dropout_keys: Sequence[tuple[int, ...]]) -> list[Tensor]:

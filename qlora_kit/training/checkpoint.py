@@ -2,7 +2,7 @@
 
     checkpoints/step-000050/
       adapter.safetensors      the parameters, exactly
-      optimizer.safetensors    their optimizer state
+      optimizer.safetensors    their optimizer state, lower halves of master weights included
       state.json               step, best evaluation, plain numbers of the optimizer
       MANIFEST.json            format, step, identity of the run, size and sha256 of each file; written last
 

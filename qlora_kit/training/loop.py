@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qlora_kit import files
 from qlora_kit.adapters.inject import inject, trainable_parameters
+from qlora_kit.adapters.lora import DropoutSeed
 from qlora_kit.adapters.store import save_adapter
 from qlora_kit.base.device import peak_bytes, pick_device, reset_peak, resident_bytes, return_freed_memory
 from qlora_kit.base.loader import Base, Placement, base_fingerprint, load_base, resolve_folder
@@ -37,6 +38,7 @@ from qlora_kit.training.checkpoint import Progress, load_checkpoint, rotate, sav
 from qlora_kit.training.evaluate import Evaluation, evaluate
 from qlora_kit.training.loss import batch_losses
 from qlora_kit.training.metrics import Metrics, open_metrics
+from qlora_kit.training.offload import input_store
 from qlora_kit.training.optim import build_optimizer
 from qlora_kit.training.schedule import learning_rate
 from qlora_kit.training.signals import StopRequest, stop_on_signal
@@ -136,15 +138,10 @@ def assemble(
 ) -> Run:
     """A run on a loaded base and tokenized data; tools and proofs call it with data of their own making."""
     dropout_seed = inject(base, recipe.adapter, recipe.train.seed)
-    memory = recipe.memory
-    recomputed = True if memory.gradient_checkpointing == "auto" else memory.gradient_checkpointing
-    keep_dequantized = memory.keep_dequantized is True
-    attach(base, recomputed, keep_dequantized=keep_dequantized, dropout_seed=dropout_seed)
+    _attach(base, recipe, dropout_seed)
     parameters = dict(trainable_parameters(base))
     settings = recipe.train
-    optimizer = build_optimizer(
-        settings.optimizer, parameters, base.device, lr=settings.lr, weight_decay=settings.weight_decay
-    )
+    optimizer = build_optimizer(settings, parameters, base.device, master_weights=recipe.keeps_master_weights)
     shape: dict[str, Any] = {
         "micro_batch": settings.micro_batch,
         "seq_len": recipe.data.seq_len,
@@ -167,14 +164,34 @@ def assemble(
     )
 
 
+def _attach(base: Base, recipe: Recipe, dropout_seed: DropoutSeed) -> None:
+    """Put the blocks under the recipe's memory switches; what is still `auto` takes no memory for speed."""
+    memory, output = recipe.memory, Path(recipe.output)
+    output.mkdir(parents=True, exist_ok=True)
+    attach(
+        base,
+        True if memory.gradient_checkpointing == "auto" else memory.gradient_checkpointing,
+        tile_tokens=memory.tile_tokens,
+        keep_dequantized=memory.keep_dequantized is True,
+        dropout_seed=dropout_seed,
+        store=input_store(memory.activation_offload or "device", base.device, output),
+    )
+
+
+def placement_of(recipe: Recipe) -> Placement:
+    """Where the recipe puts the weights; of what is still `auto` nothing is kept beside where most of it lives."""
+    memory = recipe.memory
+    tier, embeddings = ("device" if wanted == "auto" else wanted for wanted in (memory.placement, memory.embeddings))
+    resident, host = (0 if wanted == "auto" else wanted for wanted in (memory.resident_blocks, memory.host_blocks))
+    return Placement(tier, resident, embeddings, host)
+
+
 def _place_base(recipe: Recipe, device: torch.device) -> Base:
-    """The base, its blocks where `memory.placement` says.
+    """The base, its blocks where `memory.placement` says, embedding and head where `memory.embeddings` does.
 
     Blocks on disk are read from a 4-bit checkpoint. If the model is not one, it is made below `output` once, and kept.
     """
-    memory, settings = recipe.memory, recipe.model
-    resident = 0 if memory.resident_blocks == "auto" else memory.resident_blocks
-    placement = Placement(memory.placement if memory.placement != "auto" else "device", resident)
+    settings, placement = recipe.model, placement_of(recipe)
     folder = resolve_folder(settings.path, settings.revision)
     if placement.tier != "disk" or settings.quantization == "none" or is_quantized(folder):
         return load_base(settings, device, placement)

@@ -1,13 +1,21 @@
-"""Next-token loss that never holds the logits of more than one chunk of tokens.
+"""Next-token loss that never holds more logits than one tile: some tokens by some of the vocabulary.
 
 Why: at 4096 tokens and a vocabulary of 128k the logits alone are 2.1 GB in fp32, and a plain loss holds four of them.
-How: positions that are not learned are left out before the projection; each chunk is projected, scored and turned into
-its part of the hidden state's gradient at once, in the forward, so that nothing of it remains.
-Shapes: N tokens, D hidden, V vocabulary. Imported by: training.loop, training.evaluate, export.verify.
+How: one pass over the vocabulary with a running maximum and sum of exponentials for each token (online softmax,
+Milakov & Gimelshein 2018, arXiv:1805.02867), and with them, rescaled as the maximum grows, the sum that the hidden
+state's gradient is made of (as FlashAttention does with the values, Dao et al. 2022, arXiv:2205.14135). So a head that
+is fetched by chunks is read once, and backward has nothing to recompute. Positions that are not learned are left out
+before the projection.
+The target is left out of both sums. With d = log(sum over v != t of exp(l_v)) - l_t the loss is log(1 + exp(d)), and
+1 - p_t is sigmoid(d): exact also where p_t is nearly 1, and subtracting it from 1 would cancel.
+Shapes: N learned tokens, D hidden, V vocabulary; a tile has C tokens and v rows of the head.
+Imported by: training.loop, training.evaluate, export.verify.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,84 +24,195 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_kit.base.loader import Base
+from qlora_kit.base.vocabulary import FetchedHead, Head, ResidentHead
 from qlora_kit.data.tokenize import IGNORE_INDEX
+from qlora_kit.planning.components import LOSS_CHUNK_VOCABULARY
 from qlora_kit.training.blocks import last_hidden_states
 
 
 def chunked_cross_entropy(
-    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, chunk_tokens: int, softcap: float | None = None
+    hidden_ND: Tensor,
+    head: Tensor | Head,
+    targets_N: Tensor,
+    *,
+    chunk_tokens: int,
+    chunk_vocabulary: int = LOSS_CHUNK_VOCABULARY,
+    softcap: float | None = None,
 ) -> Tensor:
     """Sum of the next-token losses of `hidden_ND @ head_VD.T`.
 
-    Equal to `F.cross_entropy(reduction="sum")` on the fp32 logits up to the order of summation.
+    Equal to `F.cross_entropy(reduction="sum")` on the fp32 logits up to the order of summation. With a head in 16 bits
+    exponentials are rounded to its dtype before their product with it, and that product once for each chunk of rows.
 
     Args:
-        hidden_ND: last hidden state, [N, D]; gradients flow into it.
-        head_VD: output projection, [V, D], frozen.
-        targets_N: ids to predict, [N], already shifted; IGNORE_INDEX is skipped.
-        chunk_tokens: learned positions whose logits exist at a time.
+        hidden_ND: last hidden state, [all positions, D]; gradients flow into it.
+        head: output projection, frozen: [V, D], or what brings it in by chunks.
+        targets_N: ids to predict, [all positions], already shifted; IGNORE_INDEX is skipped.
+        chunk_tokens: C, learned positions of a tile.
+        chunk_vocabulary: rows of the head of a tile.
         softcap: logits become c tanh(logits / c) (Gemma 2, arXiv:2408.00118, section 2).
-    Returns: fp32 scalar, nats; zero when nothing is learned.
-    Raises: ValueError: lengths differ, or chunk_tokens < 1.
+    Returns: fp32 scalar (fp64 if hidden_ND is), nats; zero when nothing is learned, NaN with a target outside of V.
+    Raises: ValueError: lengths differ, or a chunk < 1. ModelError: a head that is fetched cannot be read.
     """
-    if len(hidden_ND) != len(targets_N) or chunk_tokens < 1:
-        raise ValueError(f"{len(hidden_ND)} hidden states, {len(targets_N)} targets, chunks of {chunk_tokens}")
-    return _ChunkedCrossEntropy.apply(hidden_ND, head_VD, targets_N, chunk_tokens, softcap)
+    if len(hidden_ND) != len(targets_N) or min(chunk_tokens, chunk_vocabulary) < 1:
+        raise ValueError(
+            f"{len(hidden_ND)} hidden states, {len(targets_N)} targets, tiles of {chunk_tokens} x {chunk_vocabulary}"
+        )
+    head = ResidentHead(head) if isinstance(head, Tensor) else head
+    return _TiledCrossEntropy.apply(hidden_ND, targets_N, head, (chunk_tokens, chunk_vocabulary), softcap)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        head_VD: Tensor,
-        targets_N: Tensor,
-        chunk_tokens: int,
-        softcap: float | None,
+        ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: Head, chunk: tuple[int, int], softcap: float | None
     ) -> Tensor:
         learned = (targets_N != IGNORE_INDEX).nonzero().squeeze(1)
-        hidden_ND_learned, targets = hidden_ND[learned], targets_N[learned]
-        grad = torch.empty_like(hidden_ND_learned) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        for start in range(0, len(learned), chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
-            loss, grad_logits = _score(
-                F.linear(hidden_ND_learned[chunk], head_VD), targets[chunk], softcap, grad is not None
-            )
-            total += loss
-            if grad is not None and grad_logits is not None:
-                torch.mm(grad_logits.to(head_VD.dtype), head_VD, out=grad[chunk])
-            del grad_logits
-        if grad is not None:
-            ctx.save_for_backward(learned, grad)
+        targets, order = targets_N[learned].sort(stable=True)
+        learned = learned[order]
+        hidden = hidden_ND[learned]
+        tile = _Tile(hidden, head.shape[0], chunk, softcap, ctx.needs_input_grad[0])
+        losses_N = _score(hidden, targets, head, tile)
+        if tile.with_grad:
+            ctx.save_for_backward(learned, hidden)  # which is its own gradient by now
             ctx.shape = hidden_ND.shape
-        return total
+        return losses_N.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         learned, grad = ctx.saved_tensors
         full = grad.new_zeros(ctx.shape)
-        full[learned] = grad * grad_total.to(grad.dtype)
-        return full, None, None, None, None
+        full[learned] = grad
+        return full.mul_(grad_total.to(grad.dtype)), None, None, None, None
 
 
-def _score(
-    logits_CV: Tensor, targets_C: Tensor, softcap: float | None, with_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of one chunk and, in the logits' place, the gradient of that sum, [C, V] fp32."""
-    logits = logits_CV.float()
-    if softcap is not None:
-        logits = logits.div_(softcap).tanh_().mul_(softcap)
-    log_normaliser = logits.logsumexp(dim=-1)
-    picked = logits.gather(1, targets_C[:, None]).squeeze(1)
-    loss = (log_normaliser - picked).sum()
-    if not with_grad:
-        return loss, None
-    slope = None if softcap is None else 1 - (logits / softcap).square_()
-    grad = logits.sub_(log_normaliser[:, None]).exp_()
-    grad.scatter_add_(1, targets_C[:, None], grad.new_full((len(grad), 1), -1.0))
-    return loss, grad if slope is None else grad.mul_(slope)
+def _score(hidden_ND: Tensor, targets_N: Tensor, head: Head, tile: _Tile) -> Tensor:
+    """Losses, [N]; `hidden_ND` becomes the gradient of their sum, if the tile is made for one.
+
+    A head that is fetched passes once, for all tokens. One that is there passes for each chunk of tokens, so that the
+    sums exist for one chunk only: the same tiles in another order, and the same bits.
+    Args:
+        targets_N: ascending, so that the targets among a chunk of rows stand together.
+    """
+    starts = [*range(0, head.shape[0], tile.rows), head.shape[0]]
+    bounds = torch.searchsorted(targets_N, torch.tensor(starts, device=targets_N.device)).tolist()
+    together = tile.tokens if head.is_resident else max(1, len(hidden_ND))
+    losses = [tile.wide.new_empty(0)]
+    for start in range(0, len(hidden_ND), together):
+        scores = _OnlineScores(hidden_ND[start : start + together], targets_N[start : start + together], tile.with_grad)
+        for (first_row, rows_VD), (first, last) in zip(head.chunks(tile.rows), itertools.pairwise(bounds)):
+            scores.add(tile, first_row, rows_VD, (first - start, last - start))
+        losses.append(scores.finish(tile))
+        del scores  # its sums, before those of the next tokens are made
+    return torch.cat(losses)
+
+
+class _Tile:
+    """The reused buffers of one tile, and the elementwise work on it.
+
+    Attributes:
+        tokens, rows: C, and rows of the head, at most.
+        wide: logits, then exponentials, in fp32 (fp64 for hidden states in fp64), flat.
+        with_grad: whether the sums that the gradient is made of are wanted.
+    """
+
+    def __init__(
+        self, hidden_ND: Tensor, vocabulary: int, chunk: tuple[int, int], softcap: float | None, with_grad: bool
+    ) -> None:
+        (self.tokens, self.rows), self.softcap, self.with_grad = chunk, softcap, with_grad
+        size = min(self.tokens, len(hidden_ND)) * min(self.rows, vocabulary)
+        self.wide = hidden_ND.new_empty(size, dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
+        self._narrow = self.wide if hidden_ND.dtype == self.wide.dtype else hidden_ND.new_empty(size)
+        self._squares = torch.empty_like(self.wide) if softcap is not None and with_grad else None
+
+    def logits(self, hidden_CD: Tensor, rows_VD: Tensor) -> Tensor:
+        """[C, v] in fp32, capped; in the buffer `wide`."""
+        logits_CV, narrow_CV = (_shaped(buffer, hidden_CD, rows_VD) for buffer in (self.wide, self._narrow))
+        torch.mm(hidden_CD, rows_VD.t(), out=narrow_CV)
+        if self._narrow is not self.wide:
+            logits_CV.copy_(narrow_CV)
+        if self.softcap is not None:
+            logits_CV.div_(self.softcap).tanh_()
+            if self._squares is not None:
+                torch.mul(logits_CV, logits_CV, out=_shaped(self._squares, hidden_CD, rows_VD))
+            logits_CV.mul_(self.softcap)
+        return logits_CV
+
+    def weighted_rows(self, exps_CV: Tensor, rows_VD: Tensor) -> Tensor:
+        """Sum of exp * slope * row over the tile's rows, [C, D]; the slope of a capped logit is 1 - tanh^2."""
+        if self._squares is not None:
+            exps_CV.addcmul_(exps_CV, _shaped(self._squares, exps_CV, rows_VD), value=-1)
+        narrow_CV = _shaped(self._narrow, exps_CV, rows_VD)
+        if self._narrow is not self.wide:
+            narrow_CV.copy_(exps_CV)
+        return torch.mm(narrow_CV, rows_VD)
+
+    def slope(self, logits_N: Tensor) -> Tensor | float:
+        """Derivative of capped logits by those before the cap."""
+        return 1.0 if self.softcap is None else 1 - (logits_N / self.softcap).square()
+
+
+def _shaped(buffer: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    shape = (len(rows), len(columns))
+    return buffer[: math.prod(shape)].view(shape)
+
+
+class _OnlineScores:
+    """What is known of N tokens after a part of the vocabulary; over its rows v other than the token's target t:
+
+    maximum = max l_v,   others = sum exp(l_v - maximum),   total = sum exp(l_v - maximum) slope_v W_v.
+    """
+
+    def __init__(self, hidden_ND: Tensor, targets_N: Tensor, with_grad: bool) -> None:
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        self.hidden_ND, self.targets_N = hidden_ND, targets_N
+        self.maximum_N = hidden_ND.new_full((len(hidden_ND),), torch.finfo(wide).min, dtype=wide)
+        self.others_N = torch.zeros_like(self.maximum_N)
+        self.target_logit_N = torch.full_like(self.maximum_N, math.nan)
+        self.total_ND = torch.zeros_like(hidden_ND, dtype=wide) if with_grad else None
+        self.target_rows_ND = torch.empty_like(hidden_ND) if with_grad else None
+
+    def add(self, tile: _Tile, first_row: int, rows_VD: Tensor, owners: tuple[int, int]) -> None:
+        """Take in some rows of the head; `owners` are the first token whose target is one of them, and the end."""
+        first, last = (min(max(owner, 0), len(self.targets_N)) for owner in owners)
+        columns = self.targets_N[first:last] - first_row
+        if self.target_rows_ND is not None:
+            torch.index_select(rows_VD, 0, columns, out=self.target_rows_ND[first:last])
+        for start in range(0, len(self.hidden_ND), tile.tokens):
+            logits_CV = tile.logits(self.hidden_ND[start : start + tile.tokens], rows_VD)
+            begin, end = max(first, start), min(last, start + tile.tokens)
+            if begin < end:
+                own_CV, own = logits_CV[begin - start : end - start], columns[begin - first : end - first, None]
+                self.target_logit_N[begin:end] = own_CV.gather(1, own).squeeze(1)
+                own_CV.scatter_(1, own, -math.inf)
+            self._add_others(tile, start, logits_CV, rows_VD)
+
+    def _add_others(self, tile: _Tile, start: int, logits_CV: Tensor, rows_VD: Tensor) -> None:
+        tokens = slice(start, start + tile.tokens)
+        maximum_C = torch.maximum(self.maximum_N[tokens], logits_CV.amax(dim=1))
+        shrink_C = (self.maximum_N[tokens] - maximum_C).exp_()
+        self.maximum_N[tokens] = maximum_C
+        exps_CV = logits_CV.sub_(maximum_C[:, None]).exp_()
+        self.others_N[tokens].mul_(shrink_C).add_(exps_CV.sum(dim=1))
+        if self.total_ND is not None:
+            self.total_ND[tokens].mul_(shrink_C[:, None]).add_(tile.weighted_rows(exps_CV, rows_VD))
+
+    def finish(self, tile: _Tile) -> Tensor:
+        """The losses, [N], once all rows were added; `hidden_ND` becomes the gradient of their sum.
+
+        That is (1 - p_t) (total / others - slope_t W_t).
+        """
+        log_odds_N = self.maximum_N + self.others_N.log() - self.target_logit_N
+        if self.total_ND is not None and self.target_rows_ND is not None:
+            miss_N = log_odds_N.sigmoid()
+            of_total_N, of_target_N = miss_N / self.others_N, miss_N * tile.slope(self.target_logit_N)
+            for start in range(0, len(miss_N), tile.tokens):
+                tokens = slice(start, start + tile.tokens)
+                total_CD = self.total_ND[tokens].mul_(of_total_N[tokens, None])
+                total_CD.sub_(self.target_rows_ND[tokens].to(total_CD.dtype).mul_(of_target_N[tokens, None]))
+                self.hidden_ND[tokens] = total_CD
+        return -F.logsigmoid(-log_odds_N)
 
 
 def batch_losses(
@@ -107,7 +226,8 @@ def batch_losses(
     """
     hiddens = last_hidden_states(base, batches, dropout_keys or [()] * len(batches))
     softcap = getattr(base.model.config, "final_logit_softcapping", None)
-    head = base.model.get_output_embeddings().weight
+    found = base.model.get_output_embeddings()
+    head = found if isinstance(found, FetchedHead) else found.weight
     return [
         chunked_cross_entropy(
             hidden.flatten(0, 1),

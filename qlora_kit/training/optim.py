@@ -1,5 +1,9 @@
 """The optimizer of the recipe, and its state as plain tensors (bitsandbytes' own cannot be resumed when paged).
 
+Why master weights: bf16 has 8 bits of precision, so adding 1e-4 to 1.0 leaves 1.0, and what is learned is lost.
+How: a master weight is fp32, and its upper 16 bits, rounded, are the bf16 parameter itself; only the lower 16 are kept
+beside it. The optimizer's own update runs on the fp32 value of one parameter at a time, which is then split again:
+the arithmetic is that of an fp32 adapter given the same gradients, bit for bit, for 2 bytes a weight instead of 4.
 Imported by: training.loop, training.checkpoint.
 """
 
@@ -15,25 +19,93 @@ from qlora_kit.base.device import has_unified_memory
 from qlora_kit.console import note
 from qlora_kit.errors import CheckpointError
 from qlora_kit.optimizers import OPTIMIZERS
+from qlora_kit.recipe import Train
 
 _TABLES = ("qmap1", "qmap2")  # constants of bitsandbytes' 8-bit code, rebuilt with the state
+_LOWER = "master_lower"  # beside the moments in a parameter's state
 
 
 def build_optimizer(
-    name: str, parameters: dict[str, nn.Parameter], device: torch.device, *, lr: float, weight_decay: float
+    settings: Train, parameters: dict[str, nn.Parameter], device: torch.device, *, master_weights: bool
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` of OPTIMIZERS; its unpaged kin, said once, where the device has no unified memory."""
+    """The recipe's optimizer; its unpaged kin, said once, where the device has no unified memory.
+
+    Args:
+        master_weights: keep the lower half of each; the parameters are bf16.
+    """
+    name = settings.optimizer
     row = OPTIMIZERS[name]
     if row.unpaged is not None and not has_unified_memory(device):
         note(f"{name}: {device.type} has no unified memory to page; {row.unpaged} runs instead, the same arithmetic")
         row = OPTIMIZERS[row.unpaged]
-    return row.build(list(parameters.values()), lr, weight_decay)
+    optimizer = row.build(list(parameters.values()), settings.lr, settings.weight_decay)
+    return MasterWeights(optimizer) if master_weights else optimizer
+
+
+# ---------------------------------------------------------------------------------------------- master weights
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """An fp32 tensor as the nearest bf16 (ties away from zero) and the int16 that is lacking; `join` is its inverse.
+
+    As integers, fp32 = bf16 * 2**16 + int16: the int16 is the lower half of the bits read as a signed number, and where
+    that is negative the bf16 is one higher, carrying into the exponent as rounding does. `join` gives back every bit
+    pattern; the bf16 of a NaN may be a number, but a step that is not finite never gets here (`loop.train_step`).
+    Source: Split-SGD-BF16, Kalamkar et al. 2020 (arXiv:2005.04680), which truncates; here the bf16 is rounded.
+    """
+    bits = master.view(torch.int32)
+    upper = ((bits + 0x8000) >> 16).to(torch.int16)
+    return upper.view(torch.bfloat16), bits.to(torch.int16)
+
+
+def join(upper: Tensor, lower: Tensor) -> Tensor:
+    """The fp32 tensor that `split` took apart."""
+    return upper.float().view(torch.int32).add_(lower).view(torch.float32)
+
+
+class MasterWeights(torch.optim.Optimizer):
+    """Any optimizer of bf16 parameters, made to step on their fp32 master weights.
+
+    In its turn a parameter's master takes the parameter's place in `inner`, with the same state and settings, so one
+    parameter's fp32 value and gradient exist at a time. At the start the lower halves are zero: the master begins at
+    the bf16 value, since what rounding took from a random A was never learned, and B is zero.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner, self.state = inner, inner.state
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """One step of `inner` for every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step(parameter, group)
+        self.inner.param_groups = self.param_groups  # lets go of the last master
+
+    def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        master = join(parameter, state[_LOWER]) if state else parameter.float()
+        master.grad = parameter.grad.float()  # type: ignore[union-attr]
+        self.state[master] = state
+        self.inner.param_groups = [group | {"params": [master]}]
+        self.inner.step()
+        del self.state[master]
+        upper, state[_LOWER] = split(master)
+        parameter.copy_(upper)
+
+
+# ---------------------------------------------------------------------------------------------- saved state
 
 
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The state of every parameter: tensors named `<parameter>/<key>`, and plain numbers by parameter."""
+    """The state of every parameter: tensors named `<parameter>/<key>`, and plain numbers by parameter.
+
+    The lower halves of master weights are among the tensors; the upper ones are the parameters.
+    """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters.items():
@@ -57,6 +129,7 @@ def restore_optimizer_state(
 
     Raises: CheckpointError: a tensor is missing or has another shape.
     """
+    inner = optimizer.inner if isinstance(optimizer, MasterWeights) else optimizer
     saved: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parameter_name, _, key = name.rpartition("/")
@@ -64,10 +137,10 @@ def restore_optimizer_state(
     for position, (name, parameter) in enumerate(parameters.items()):
         if name not in saved:
             continue
-        if hasattr(optimizer, "init_state"):
+        if hasattr(inner, "init_state"):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                optimizer.init_state(optimizer.param_groups[0], parameter, 0, position)
+                inner.init_state(inner.param_groups[0], parameter, 0, position)
         state = optimizer.state[parameter]
         for key, value in saved[name].items():
             if key not in state:

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from qlora_kit.base.shards import Shards, find_shards, save_tensors
+from qlora_kit.base.shards import Shards, bytes_of, find_shards, save_tensors
 from qlora_kit.errors import ModelError
 
 TENSORS = {"a": torch.arange(6, dtype=torch.float32).view(2, 3), "b": torch.ones(5, dtype=torch.bfloat16)}
@@ -26,6 +26,14 @@ def test_what_is_written_reads_back_here_and_in_safetensors(tmp_path):
     assert ours.metadata == {"format": "pt"}
     for name, value in TENSORS.items():
         assert torch.equal(ours.read(name), value) and torch.equal(theirs[name], value)
+
+
+def test_some_rows_of_a_tensor_are_read_in_the_order_asked_for(tmp_path):
+    table = torch.arange(20).view(5, 4)
+    save_tensors(tmp_path / "x.safetensors", {"first": torch.zeros(3), "table": table})
+    shards, found = Shards([tmp_path / "x.safetensors"]), torch.empty(3, 4, dtype=torch.int64)
+    shards.read_rows(shards.entry("table"), [4, 0, 3], bytes_of(found.view(torch.uint8).view(-1)))
+    assert torch.equal(found, table[[4, 0, 3]])
 
 
 def header_file(path: Path, header: str, data: bytes = b"\0" * 16) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import shutil
 import threading
@@ -15,7 +16,7 @@ from qlora_kit.adapters.inject import branches, inject, trainable_parameters
 from qlora_kit.architectures import ARCHITECTURES
 from qlora_kit.base.loader import Base, Placement, load_base
 from qlora_kit.base.quantize_model import quantize_model
-from qlora_kit.base.streaming import spread
+from qlora_kit.base.streaming import blocks_of_a_slab, spread
 from qlora_kit.errors import ModelError
 from qlora_kit.profiling.simulated_device import simulated_device
 from qlora_kit.recipe import Adapter, Model
@@ -39,9 +40,11 @@ def checkpoint(tiny_model, tmp_path_factory):
     return make
 
 
-def run(folder: Path, ids: torch.Tensor, tier: str, resident: int = 0, device: str = "cpu", **model: str) -> list:
+def run(
+    folder: Path, ids: torch.Tensor, tier: str, resident: int = 0, device: str = "cpu", host: int = 0, **model: str
+) -> list:
     """Losses of two steps, the gradients of the second, and logits without gradient."""
-    base = load_base(Model(path=str(folder), **model), device, Placement(tier, resident))
+    base = load_base(Model(path=str(folder), **model), device, Placement(tier, resident, host=host))
     seed = inject(base, Adapter(rank=4, dropout=0.2), seed=0)
     for branch in branches(base).values():
         branch.lora_B.data.copy_(
@@ -76,6 +79,24 @@ def test_streamed_gradients_are_bit_identical_to_resident_ones(model_type, tier,
 @pytest.mark.parametrize("resident", [1, 2, 3])
 def test_some_blocks_resident_and_others_streamed_change_nothing(tier, resident, checkpoint, ids):
     assert_same(run(checkpoint("llama"), ids, tier, resident), run(checkpoint("llama"), ids, "device"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "simgpu"])
+@pytest.mark.parametrize(("resident", "host"), [(0, 2), (1, 1), (1, 2), (2, 9)])
+def test_blocks_on_device_host_and_disk_at_once_change_nothing(resident, host, device, checkpoint, ids):
+    expected = run(checkpoint("llama"), ids, "device")
+    with simulated_device() if device == "simgpu" else contextlib.nullcontext():
+        assert_same(run(checkpoint("llama"), ids, "disk", resident, device, host), expected)
+
+
+def test_pinned_memory_of_blocks_is_nearly_all_used():
+    block = 428 << 20  # torch would round each to 512 MiB
+    left, taken = 80, 0
+    while left:
+        count = blocks_of_a_slab(block, left)
+        taken, left = taken + (1 << (count * block - 1).bit_length()), left - count
+    assert 80 * block <= taken < 1.08 * 80 * block
+    assert blocks_of_a_slab(1 << 40, 3) == 1
 
 
 @pytest.mark.parametrize("tier", ["host", "disk"])
@@ -125,7 +146,7 @@ def test_released_blocks_leave_nothing_behind(checkpoint):
 
 def test_a_base_that_is_let_go_ends_its_reader_thread(checkpoint):
     def readers() -> int:
-        return sum(thread.name == "qlora_kit block reader" for thread in threading.enumerate())
+        return sum(thread.name == "qlora_kit reader" for thread in threading.enumerate())
 
     gc.collect()
     before = readers()

@@ -13,13 +13,17 @@ import torch
 
 from qlora_kit.adapters.inject import inject, trainable_parameters
 from qlora_kit.architectures import ARCHITECTURES, LinearShape
-from qlora_kit.base.loader import load_base
+from qlora_kit.base.loader import Placement, load_base
+from qlora_kit.base.vocabulary import ResidentHead
+from qlora_kit.optimizers import OPTIMIZERS
 from qlora_kit.planning import components as ledger
 from qlora_kit.planning.moments import total, training_moments
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
+from qlora_kit.profiling.simulated_device import simulated_device
 from qlora_kit.recipe import Recipe, recipe_for_model
 from qlora_kit.training.blocks import attach
 from qlora_kit.training.loss import batch_losses, chunked_cross_entropy
+from qlora_kit.training.optim import build_optimizer, optimizer_state
 
 
 def shapes_of(name: str) -> ModelShapes:
@@ -109,20 +113,29 @@ def test_quantized_bytes_equal_bitsandbytes(
     assert ledger.quant_constants(shapes, recipe) == sum(constant.nbytes for constant in constants)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("name", "class_name"), [("adamw_8bit", "AdamW8bit"), ("adamw_32bit", "AdamW32bit")])
-def test_optimizer_bytes_equal_bitsandbytes(name: str, class_name: str, dtype: torch.dtype) -> None:
-    import bitsandbytes.optim
-
-    shapes, recipe = one_linear(300, 250), recipe_with(f"train.optimizer={name}")  # A 4000 values, B 4800
-    parameters = [torch.zeros(count, dtype=dtype, requires_grad=True) for count in (16 * 250, 16 * 300)]
-    optimizer = getattr(bitsandbytes.optim, class_name)(parameters)
-    for parameter in parameters:
+@pytest.mark.parametrize("master_weights", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_bytes_are_those_of_its_state(name: str, dtype: str, master_weights: bool) -> None:
+    overrides = (f"train.optimizer={name}", f"train.master_weights={master_weights}", f"adapter.dtype={dtype}")
+    shapes, recipe = one_linear(300, 250), recipe_with(*overrides)  # A 4000 values, B 4800
+    sizes = {"A": 16 * 250, "B": 16 * 300}
+    parameters = {
+        key: torch.nn.Parameter(torch.zeros(size, dtype=getattr(torch, dtype))) for key, size in sizes.items()
+    }
+    kept = recipe.keeps_master_weights
+    optimizer = build_optimizer(recipe.train, parameters, torch.device("cpu"), master_weights=kept)
+    for parameter in parameters.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    names = ("state1", "state2", "absmax1", "absmax2")
-    kept = [state[name] for state in optimizer.state.values() for name in names if name in state]
-    assert ledger.optimizer(shapes, recipe) == sum(tensor.nbytes for tensor in kept)
+    tensors, _ = optimizer_state(optimizer, parameters)
+    assert ledger.optimizer(shapes, recipe) == sum(tensor.nbytes for tensor in tensors.values() if tensor.dim())
+
+
+def test_a_master_weight_costs_two_bytes_a_trained_parameter() -> None:
+    shapes = shapes_of("llama-7b")
+    on, off = (ledger.optimizer(shapes, recipe_with(f"train.master_weights={kept}")) for kept in (True, False))
+    assert on - off == 2 * ledger.trainable_parameters(shapes, recipe_with())
 
 
 # ---------------------------------------------------------------------------------- against what is loaded
@@ -161,12 +174,60 @@ def peak_bytes_of(call: Callable[[], object]) -> int:
 @pytest.mark.parametrize("name", ["llama-7b", "gemma-2-2b"])  # the second caps its logits
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_logits_take_what_the_loss_allocates(dtype: str, name: str, with_gradient: bool) -> None:
-    shapes = dataclasses.replace(shapes_of(name), vocabulary=8000)
-    recipe = recipe_with(f"model.dtype={dtype}", "memory.loss_chunk_tokens=256")
-    hidden = torch.zeros(512, 8, dtype=getattr(torch, dtype), requires_grad=with_gradient)
-    head, targets = torch.zeros(8000, 8, dtype=hidden.dtype), torch.zeros(512, dtype=torch.long)
-    peak = peak_bytes_of(lambda: chunked_cross_entropy(hidden, head, targets, chunk_tokens=256, softcap=shapes.softcap))
+    shapes = dataclasses.replace(shapes_of(name), vocabulary=40_000)
+    recipe = recipe_with(f"model.dtype={dtype}", "memory.loss_chunk_tokens=64")
+    hidden, head = torch.zeros(128, 8, dtype=getattr(torch, dtype)), torch.zeros(40_000, 8, dtype=getattr(torch, dtype))
+    with simulated_device() as device:
+        given = (
+            hidden.to("simgpu").requires_grad_(with_gradient),
+            head.to("simgpu"),
+            torch.zeros(128).long().to("simgpu"),
+        )
+        before = device.live_bytes
+        device.reset_peak()
+        chunked_cross_entropy(*given, chunk_tokens=64, softcap=shapes.softcap)
+        peak = device.peak_bytes - before
     assert ledger.logits(shapes, recipe, with_gradient) == pytest.approx(peak, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("embeddings", ["device", "disk"])
+def test_beside_the_logits_the_loss_takes_what_is_planned(dtype: str, embeddings: str) -> None:
+    shapes = dataclasses.replace(shapes_of("llama-7b"), vocabulary=256, hidden=2048)
+    settings = (f"model.dtype={dtype}", "memory.loss_chunk_tokens=64", f"memory.embeddings={embeddings}")
+    recipe = recipe_with(*settings, "data.seq_len=512")
+    hidden, head = (torch.zeros(rows, 2048, dtype=getattr(torch, dtype)) for rows in (512, 256))
+    hidden.requires_grad_()
+    resident = ResidentHead(head)
+    resident.is_resident = embeddings == "device"  # else it passes once, for all tokens
+    targets = torch.zeros(512, dtype=torch.long)
+    peak = peak_bytes_of(lambda: chunked_cross_entropy(hidden, resident, targets, chunk_tokens=64))
+    of_the_norm = 512 * 2048 * (4 + hidden.element_size())  # its fp32 copy and its output
+    planned = ledger.around_head(shapes, recipe) - of_the_norm + ledger.logits(shapes, recipe)
+    assert planned == pytest.approx(peak, rel=0.02)
+
+
+@pytest.mark.parametrize("vocab_size", [20_000, 40_000])  # two chunks, three
+@pytest.mark.parametrize("embeddings", ["host", "disk"])
+def test_a_pass_over_a_fetched_head_takes_the_planned_slots(
+    tiny_model: Callable[..., Path], embeddings: str, vocab_size: int
+) -> None:
+    folder = tiny_model("llama", torch.bfloat16, vocab_size=vocab_size)
+    recipe = recipe_for_model(str(folder), [f"memory.embeddings={embeddings}"])
+    with simulated_device() as device:
+        base = load_base(recipe.model, "simgpu", Placement(embeddings=embeddings))
+        before = device.live_bytes
+        device.reset_peak()
+        for _ in base.model.get_output_embeddings().chunks(ledger.LOSS_CHUNK_VOCABULARY):
+            pass
+        peak = device.peak_bytes - before
+    assert peak == ledger.head_slots(model_shapes(*read_config(str(folder))), recipe)
+
+
+def test_a_smaller_chunk_of_tokens_is_a_smaller_tile_and_the_vocabulary_is_bounded() -> None:
+    shapes, chunk = shapes_of("gemma-2-2b"), recipe_with("memory.loss_chunk_tokens=64")
+    assert ledger.logits(shapes, chunk) < ledger.logits(shapes, recipe_with("memory.loss_chunk_tokens=128"))
+    assert ledger.logits(shapes, chunk) == ledger.logits(dataclasses.replace(shapes, vocabulary=1 << 20), chunk)
 
 
 STEP = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -186,8 +247,8 @@ def test_forward_and_backward_of_llama_take_what_is_planned_within_5_percent(
     ids, positions = torch.ones(1, 512, dtype=torch.long), torch.arange(512)[None]
     batch = SimpleNamespace(input_ids=ids, position_ids=positions, targets=ids)
     measured = peak_bytes_of(
-        lambda: [batch_losses(base, [batch], 512)[0].backward() for _ in "12"]
-    )  # gradients are kept
+        lambda: [batch_losses(base, [batch], 512)[0].backward() for _ in range(2)]
+    )  # gradients stay
     static = ("base_nf4", "quant_constants", "base_unquantized", "adapter", "optimizer")
     moments = training_moments(model_shapes(*read_config(str(folder))), recipe, 0).values()
     planned = max(total({**moment, **dict.fromkeys(static, 0)}) for moment in moments)

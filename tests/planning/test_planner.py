@@ -67,7 +67,10 @@ def test_settings_are_a_recipe_with_every_auto_decided() -> None:
 def test_the_recipe_that_runs_has_everything_that_was_decided_but_the_budget() -> None:
     recipe = recipe_for_model("llama-3.1-70b", ["train.device=cuda", "memory.gradient_checkpointing=auto"])
     made = make_plan(recipe, budget_bytes=20 * GIB)
-    runs, user = made.placed(recipe).memory.model_dump(), {"budget": "auto", "loss_chunk_tokens": "auto"}
+    runs, user = (
+        made.placed(recipe).memory.model_dump(),
+        dict.fromkeys(("budget", "loss_chunk_tokens", "mlp_tile_tokens"), "auto"),
+    )
     assert runs == made.settings["memory"] | user
     assert runs["resident_blocks"] == made.resident_blocks > 0
     assert made.placed(recipe).train == recipe.train
@@ -95,7 +98,6 @@ def test_the_peak_moves_from_the_loss_to_a_block_when_the_chunk_is_small() -> No
         ("model.quantization=nf4", "model.quantization=none"),
         ("model.double_quant=true", "model.double_quant=false"),
         ("memory.gradient_checkpointing=true", "memory.gradient_checkpointing=false"),
-        ("memory.loss_chunk_tokens=auto", "memory.loss_chunk_tokens=full"),
         ("train.optimizer=adamw_8bit", "train.optimizer=adamw_32bit"),
         ("memory.activation_offload=true", "memory.activation_offload=false"),
         ("memory.gradient_checkpointing=20", "memory.gradient_checkpointing=10"),

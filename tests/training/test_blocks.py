@@ -10,9 +10,11 @@ from qlora_kit.architectures import ARCHITECTURES
 from qlora_kit.base import nf4
 from qlora_kit.base.loader import load_base
 from qlora_kit.data.batches import MicroBatch
+from qlora_kit.profiling.simulated_device import simulated_device
 from qlora_kit.recipe import Adapter, Model
 from qlora_kit.training.blocks import attach
 from qlora_kit.training.loss import batch_losses
+from qlora_kit.training.offload import input_store
 
 
 def gradients(folder, ids, enabled: bool, dropout: float = 0.0) -> list[torch.Tensor]:
@@ -65,21 +67,24 @@ def micro_batches(ids: torch.Tensor) -> list[MicroBatch]:
     return made
 
 
-def step(folder, batches: list[MicroBatch], together: int, recomputed: int = 2, keep: bool = False) -> list:
-    """Losses and gradients of one optimizer step with dropout."""
-    base = load_base(Model(path=str(folder)))
+def step(
+    folder, batches: list[MicroBatch], together: int, recomputed: int | bool = True, *, device: str = "cpu", **passage
+) -> list:
+    """Losses and gradients of one optimizer step with dropout, on the host."""
+    base = load_base(Model(path=str(folder)), device)
     seed = inject(base, Adapter(rank=4, dropout=0.2), seed=0)
     for branch in branches(base).values():
-        branch.lora_B.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(branch.index))
+        values = torch.randn(branch.lora_B.shape, generator=torch.Generator().manual_seed(branch.index))
+        branch.lora_B.data.copy_(values * 0.05)
         branch.train()
-    attach(base, recomputed, keep_dequantized=keep, dropout_seed=seed)
+    attach(base, recomputed, dropout_seed=seed, **passage)
     losses: list[torch.Tensor] = []
     for start in range(0, len(batches), together):
         keys = [(0, 0, index) for index in range(start, min(start + together, len(batches)))]
         found = batch_losses(base, batches[start : start + together], 16, keys)
         torch.stack(found).sum().backward()
-        losses += found
-    return losses + [parameter.grad for _, parameter in trainable_parameters(base)]
+        losses += [loss.detach().cpu() for loss in found]
+    return losses + [parameter.grad.cpu() for _, parameter in trainable_parameters(base)]
 
 
 def same(one: list, other: list) -> bool:
@@ -104,7 +109,7 @@ def test_any_number_of_recomputed_blocks_gives_the_same_gradients(recomputed, to
 @pytest.mark.parametrize("together", [1, 3])
 def test_weights_kept_dequantized_within_a_block_change_nothing(together, tiny_model, ids):
     folder, batches = tiny_model("llama"), micro_batches(ids)
-    assert same(step(folder, batches, together, keep=True), step(folder, batches, 1))
+    assert same(step(folder, batches, together, keep_dequantized=True), step(folder, batches, 1))
 
 
 def counted_dequantizations(monkeypatch, *arguments, **options) -> int:
@@ -126,6 +131,18 @@ def test_each_weight_is_dequantized_as_often_as_is_said(tiny_model, ids, monkeyp
         return counted_dequantizations(monkeypatch, folder, batches, **options)
 
     assert count(together=1) == 3 * (3 * linears - last - first)
-    assert count(together=1, keep=True) == 3 * 2 * linears
-    assert count(together=3, keep=True) == 2 * linears
+    assert count(together=1, keep_dequantized=True) == 3 * 2 * linears
+    assert count(together=3, keep_dequantized=True) == 2 * linears
     assert count(together=1, recomputed=0) == 3 * (2 * linears - first)
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2"])
+def test_offloaded_inputs_change_nothing_on_a_device_with_late_copies(model_type, tier, tiny_model, ids, tmp_path):
+    depth = {"n_layer" if model_type == "gpt2" else "num_hidden_layers": 4}
+    folder, batches = tiny_model(model_type, **depth), micro_batches(ids)
+    expected = step(folder, batches, 1)
+    assert same(step(folder, batches, 2, store=input_store(tier, torch.device("cpu"), tmp_path)), expected)
+    with simulated_device():
+        store = input_store(tier, torch.device("simgpu"), tmp_path)
+        assert same(step(folder, batches, 2, device="simgpu", store=store), expected)

@@ -271,11 +271,18 @@ def test_restart_keeps_the_old_run_until_the_new_one_can_begin(model, corpus, tm
     assert (tmp_path / "r" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("tier", ["host", "disk"])
-def test_where_the_blocks_live_does_not_change_one_bit(tier, model, corpus, tmp_path):
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"placement": "host", "resident_blocks": 0},
+        {"placement": "disk", "resident_blocks": 0, "embeddings": "disk"},
+        {"embeddings": "disk"},
+    ],
+)
+def test_where_the_base_lives_does_not_change_one_bit(memory, model, corpus, tmp_path):
     keys = {"model": {"quantization": "nf4"}, "adapter": {"dropout": 0.1}, "data": {"eval": 0.2}}
     train(recipe(model, corpus, tmp_path / "device", **keys))
-    train(recipe(model, corpus, tmp_path / "away", memory={"placement": tier, "resident_blocks": 0}, **keys))
+    train(recipe(model, corpus, tmp_path / "away", memory=memory, **keys))
     assert losses(tmp_path / "away") == losses(tmp_path / "device")
     assert_same_adapter(tmp_path / "away", tmp_path / "device")
 

@@ -1,0 +1,219 @@
+"""The two tensors as tall as the vocabulary, embedding and head, and what stands in for them where they live elsewhere.
+
+Why: at 128k to 262k rows they are gigabytes, of which a step needs some rows of the one and a pass over the other.
+How: such a tensor is a `Table` in host memory (pinned where the device is an accelerator) or in the model's own file.
+The embedding looks up the rows of the ids at hand, each distinct one once; the head is brought in by chunks of rows
+through two slots (`slots`), which exist during a pass only. Tied ones share one table. Values are cast as they come,
+so results are those of tensors on the device, bit for bit.
+Memory: during a pass over the head two chunks on the device as the file holds them, and with a file on an accelerator
+as many pinned bytes on the host; one chunk more where the file's dtype is not that of computation.
+Shapes: V vocabulary, D hidden, U distinct ids, v rows of a chunk. Imported by: loader (builds them), training.loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_kit.base.shards import Entry, Shards, bytes_of
+from qlora_kit.base.slots import Slots, Source
+from qlora_kit.planning.components import LOSS_CHUNK_VOCABULARY
+
+
+class Head(Protocol):
+    """What the loss needs of the output projection.
+
+    Attributes:
+        shape: [V, D].
+        is_resident: its chunks cost nothing to have again.
+    """
+
+    shape: tuple[int, ...]
+    is_resident: bool
+
+    def chunks(self, rows: int) -> Iterator[tuple[int, Tensor]]:
+        """(first row, that many rows or the rest, [v, D]) in order; a chunk is valid until the next is asked for."""
+        ...
+
+
+class ResidentHead:
+    """A head whose weight, [V, D], is on the device."""
+
+    is_resident = True
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.shape = weight, tuple(weight.shape)
+
+    def chunks(self, rows: int) -> Iterator[tuple[int, Tensor]]:
+        """Views of the weight; see `Head`."""
+        for start in range(0, self.shape[0], rows):
+            yield start, self.weight[start : start + rows]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A [V, D] tensor that does not live on the device.
+
+    Attributes:
+        device, dtype: where and as what its values are used.
+        entry: where it lies in the files `shards`.
+        host: its values in host memory, in `dtype`; None: they stay in the file.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    shards: Shards
+    entry: Entry
+    host: Tensor | None = None
+
+    def on_host(self) -> Table:
+        """The same in host memory, read once, a chunk of the file in flight; pinned where the device is an accelerator.
+
+        Raises: ModelError: the file cannot be read.
+        """
+        host = torch.empty(self.entry.shape, dtype=self.dtype, pin_memory=self.device.type != "cpu")
+        for start in range(0, len(host), LOSS_CHUNK_VOCABULARY):
+            rows = host[start : start + LOSS_CHUNK_VOCABULARY]
+            read = torch.empty(rows.shape, dtype=self.entry.dtype)
+            self.shards.read_bytes(self._extent(start, len(rows)), _flat(read))
+            rows.copy_(read)
+        return replace(self, host=host)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Some rows, [U, D] on the device.
+
+        Args:
+            ids: [U], on the host, ascending.
+        Raises: IndexError: there is no such row. ModelError: the file cannot be read.
+        """
+        height = self.entry.shape[0]
+        if len(ids) and not 0 <= int(ids[0]) <= int(ids[-1]) < height:
+            raise IndexError(f"ids {int(ids[0])} to {int(ids[-1])}: {self.entry.path.name} has {height} embeddings")
+        if self.host is not None:
+            return self.host.index_select(0, ids).to(self.device)
+        found = torch.empty(len(ids), *self.entry.shape[1:], dtype=self.entry.dtype)
+        self.shards.read_rows(self.entry, ids.tolist(), _flat(found))
+        return found.to(self.device, self.dtype)
+
+    def chunks(self, count: int) -> Iterator[tuple[int, Tensor]]:
+        """(first row, `count` rows [v, D] or the rest, on the device) in order, the next ones on their way meanwhile.
+
+        A chunk lies in a slot: it is valid until the next is asked for.
+        Raises: ModelError: the file cannot be read.
+        """
+        stored = self.entry.dtype if self.host is None else self.dtype
+        sources = {
+            start: self._source(start, min(count, self.entry.shape[0] - start))
+            for start in range(0, self.entry.shape[0], count)
+        }
+        slots = Slots(sources, self.shards, self.device)
+        try:
+            for start, source in sources.items():
+                with slots.lent(start, start + count) as buffer:
+                    rows = buffer[: source.size_bytes].view(stored).view(-1, *self.entry.shape[1:])
+                    yield start, rows.to(self.dtype)
+        finally:
+            slots.settle()
+
+    def _source(self, start: int, count: int) -> Source:
+        extent = self._extent(start, count)
+        if self.host is None:
+            return Source(extent.size_bytes, extents=((0, extent),))
+        flat = self.host[start : start + count].view(torch.uint8).view(-1)
+        return Source(flat.numel(), flat)
+
+    def _extent(self, start: int, count: int) -> Entry:
+        """Where rows lie in the file."""
+        row_bytes = math.prod(self.entry.shape[1:]) * self.entry.dtype.itemsize
+        offset = self.entry.offset + start * row_bytes
+        return replace(self.entry, shape=(count, *self.entry.shape[1:]), offset=offset, size_bytes=count * row_bytes)
+
+
+def _flat(tensor: Tensor) -> memoryview:
+    return bytes_of(tensor.view(torch.uint8).view(-1))
+
+
+class FetchedEmbedding(nn.Module):
+    """Stands in the place of an input embedding: looks its rows up in a table.
+
+    Attributes:
+        weight: [V, D] on meta, for those who ask for its shape: there are no values.
+    """
+
+    def __init__(self, embedding: nn.Embedding, table: Table) -> None:
+        super().__init__()
+        self.table, self.weight = table, _without_values(table)
+        del embedding.weight  # no parameter any more; an attribute during a lookup
+        embedding.padding_idx = None  # of use to a trained embedding only
+        self.embedding = embedding
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """What the model's own embedding (it may scale) makes of ids [...]: [..., D].
+
+        Raises: IndexError: an id without a row. ModelError: the file cannot be read.
+        """
+        distinct, positions = ids.cpu().unique(return_inverse=True)
+        self.embedding.weight = self.table.rows(distinct)
+        try:
+            return self.embedding(positions.to(ids.device))
+        finally:
+            del self.embedding.weight
+
+
+class FetchedHead(nn.Module):
+    """Stands in the place of an output projection: brings it in by chunks of rows. A `Head` for the loss.
+
+    Attributes:
+        weight: [V, D] on meta, for those who ask for its shape: there are no values.
+    """
+
+    is_resident = False
+
+    def __init__(self, table: Table) -> None:
+        super().__init__()
+        self.table, self.weight, self.shape = table, _without_values(table), table.entry.shape
+
+    def chunks(self, rows: int) -> Iterator[tuple[int, Tensor]]:
+        """See `Table.chunks`."""
+        return self.table.chunks(rows)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of [..., D]."""
+        return _ChunkedProduct.apply(hidden, self)
+
+
+class _ChunkedProduct(torch.autograd.Function):
+    """x W^T by chunks of the rows of W, which pass once in forward and once in backward: no chunk may be saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, head: FetchedHead) -> Tensor:
+        ctx.head = head
+        logits = x.new_empty(*x.shape[:-1], head.shape[0])
+        for start, rows in head.chunks(LOSS_CHUNK_VOCABULARY):
+            logits[..., start : start + len(rows)] = F.linear(x, rows)
+        return logits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.new_zeros(*grad.shape[:-1], ctx.head.shape[1], dtype=torch.float32)
+        for start, rows in ctx.head.chunks(LOSS_CHUNK_VOCABULARY):
+            total += grad[..., start : start + len(rows)] @ rows
+        return total.to(grad.dtype), None
+
+
+def _without_values(table: Table) -> Tensor:
+    return torch.empty(table.entry.shape, dtype=table.dtype, device="meta")
+
+
+def fetch_from(model: Any, name: str, table: Table) -> None:
+    """Put what fetches from `table` in the place of the model's embedding, or head, whose weight is called `name`."""
+    replaced = model.get_submodule(name.removesuffix(".weight"))
+    fetched = FetchedEmbedding(replaced, table) if isinstance(replaced, nn.Embedding) else FetchedHead(table)
+    model.set_submodule(name.removesuffix(".weight"), fetched)

@@ -1,0 +1,100 @@
+"""The process in which a benchmark runs this kit: `python -m tools.kit_worker RECIPE`, spoken to by `tools.harness`.
+
+Why a recipe: it is the real training code that is measured, `training.loop` from the placement of the base to the step;
+only the data is made here, random token ids. Questions: `step` makes an optimizer step; `components` counts the bytes
+of the tensors that the run holds, by the ledger's names, as far as they can be told apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kit.base.device import pick_device, return_freed_memory
+from qlora_kit.base.linear import FrozenLinear
+from qlora_kit.base.shards import save_tensors
+from qlora_kit.recipe import Recipe, load_recipe
+from qlora_kit.training import loop
+from qlora_kit.training.loop import Run, train_step
+from qlora_kit.training.optim import optimizer_state
+from qlora_kit.training.signals import StopRequest
+from tools.harness import Answer, Questions, model_modules, random_examples, serve
+
+RANDOM_B = 0.01  # standard deviation
+
+
+def build_run(recipe: Recipe, steps: int) -> Run:
+    """The kit's `Run` on random data, `steps` steps of it different; built as `qlora-kit train` builds one."""
+    return_freed_memory()
+    base = loop._place_base(recipe, pick_device(recipe.train.device))
+    rows = steps * recipe.train.grad_accumulation * recipe.train.micro_batch
+    examples = random_examples(rows, recipe.data.seq_len, base.model.config.vocab_size)
+    return loop.assemble(recipe, base, examples, [], StopRequest())
+
+
+def bytes_of(*tensors: Tensor | None) -> int:
+    """What the tensors take; one that is not here (on meta) takes nothing."""
+    here = (tensor for tensor in tensors if tensor is not None and not tensor.is_meta)
+    return sum(tensor.numel() * tensor.element_size() for tensor in here)
+
+
+def count_tensors(run: Run) -> dict[str, int]:
+    """Bytes of the static components between two steps, by the ledger's names; blocks that are away count nothing."""
+    counted = dict.fromkeys(("base_nf4", "quant_constants", "base_unquantized"), 0)
+    for module in run.base.model.modules():
+        if not isinstance(module, FrozenLinear):
+            trained = {id(parameter) for parameter in run.parameters.values()}
+            own = (value for value in module.parameters(recurse=False) if id(value) not in trained)
+            counted["base_unquantized"] += bytes_of(*own)
+            continue
+        stored = {name: getattr(module, name) for name in module.stored}
+        quantized = module.quantization != "none"
+        counted["base_nf4"] += bytes_of(stored.pop("codes")) if quantized else 0
+        counted["quant_constants" if quantized else "base_unquantized"] += bytes_of(*stored.values())
+        counted["base_unquantized"] += bytes_of(module.bias)
+    state, _ = optimizer_state(run.optimizer, run.parameters)
+    return counted | {"adapter": bytes_of(*run.parameters.values()), "optimizer": bytes_of(*state.values())}
+
+
+def questions(recipe_path: Path, steps: int, gradients: Path | None) -> Questions:
+    """Load the run, and answer for it.
+
+    With `gradients` each step's are written there before the update, and B starts at random: with zero, A has none.
+    """
+    run = build_run(load_recipe(recipe_path), steps)
+    generator = torch.Generator().manual_seed(run.recipe.train.seed)
+    for name, value in run.parameters.items():
+        if gradients is not None and "lora_B" in name:
+            value.data.copy_(torch.randn(value.shape, generator=generator).mul_(RANDOM_B))
+    seen: dict[str, int] = {}
+
+    def before_update(*unused: Any) -> None:
+        held = {name: value.grad for name, value in run.parameters.items() if value.grad is not None}
+        seen["gradients"] = bytes_of(*held.values())
+        if gradients is not None:
+            save_tensors(gradients, held)
+
+    def step() -> Answer:
+        line = train_step(run)
+        return {key: line[key] for key in ("loss", "tokens", "device_peak_bytes")}
+
+    run.optimizer.register_step_pre_hook(before_update)
+    return {"step": step, "components": lambda: {"components": count_tensors(run) | seen}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--steps", type=int, default=8, help="how many have data of their own")
+    parser.add_argument("--gradients", type=Path, help="write each step's here")
+    options = parser.parse_args()
+    modules = (*model_modules(load_recipe(options.recipe).model.path), "bitsandbytes.optim")
+    serve(modules, lambda: questions(options.recipe, options.steps, options.gradients))
+
+
+if __name__ == "__main__":
+    main()
