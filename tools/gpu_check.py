@@ -3,7 +3,7 @@
     python -m tools.gpu_check --dir D [--out gpu_check.json]         about ten minutes, 4 GB of disk
 
 Nobody who wrote this kit had a GPU at hand: all that CUDA alone can run is listed as unproved in docs/benchmarks.md
-until this command has run on one. It makes no claim for machines without an accelerator: there it ends with exit code 4.
+until this command has run on one. Without an accelerator it makes no claim: it ends with exit code 4.
 Prints and writes: the machine; every proof of `qlora-kit selftest` on it; a step's floor (products and dequantizations
 at the rates of this device) against steps with blocks on the device, in host memory and on disk; the planned peak of
 each against the allocator's. The optimizer is the paged one.
