@@ -17,6 +17,7 @@ from torch import Tensor
 from qlora_kit.base.device import pick_device, return_freed_memory
 from qlora_kit.base.linear import FrozenLinear
 from qlora_kit.base.shards import save_tensors
+from qlora_kit.planning.planner import make_plan
 from qlora_kit.recipe import Recipe, load_recipe
 from qlora_kit.training import loop
 from qlora_kit.training.loop import Run, train_step
@@ -29,7 +30,9 @@ RANDOM_B = 0.01  # standard deviation
 
 def build_run(recipe: Recipe, steps: int) -> Run:
     """The kit's `Run` on random data, `steps` steps of it different; built as `qlora-kit train` builds one."""
-    return_freed_memory()
+    plan = make_plan(recipe)
+    if plan.peak_bytes > loop.ROOMY_SHARE * plan.budget_bytes:
+        return_freed_memory()
     base = loop._place_base(recipe, pick_device(recipe.train.device))
     rows = steps * recipe.train.grad_accumulation * recipe.train.micro_batch
     examples = random_examples(rows, recipe.data.seq_len, base.model.config.vocab_size)

@@ -44,7 +44,7 @@ def return_freed_memory() -> None:
     """Ask glibc to map large tensors one by one, so that what is freed goes back to the system at once.
 
     By default its threshold grows with what was freed, and blocks of different sizes then fragment the heap: the
-    quickstart's process held 100 MB more. Does nothing elsewhere.
+    quickstart's process held 100 MB more. It costs a tenth of a step in fresh pages. Does nothing elsewhere.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)

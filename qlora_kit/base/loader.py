@@ -32,8 +32,10 @@ from qlora_kit.base.vocabulary import FetchedEmbedding, FetchedHead, Table, fetc
 from qlora_kit.base.workspace import Workspace
 from qlora_kit.console import note, progress
 from qlora_kit.errors import ModelError
+from qlora_kit.planning.hardware import host_memory_bytes
 from qlora_kit.planning.shapes import model_shapes, read_config
 
+CACHE_SHARE = 0.7  # of the free memory, that files may take which are read in every step
 SAMPLE_BYTES = 4096  # of each tensor, twice, in the fingerprint
 UNSAFE_CONFIG_KEYS = frozenset({"auto_map", "attn_implementation", "experts_implementation"})  # fetch or run code
 DECIDED_HERE = frozenset({"quantization_config", "transformers_version", "torch_dtype", "dtype"})
@@ -185,6 +187,7 @@ def load_base(settings: recipe.Model, device: torch.device | str = "cpu", placem
         homes |= dict.fromkeys(_dense_vocabulary(architecture, packed or {}, source), placement.embeddings)
     in_files = _fill(model, architecture, shards, packed or {}, device, homes)
     model.eval().requires_grad_(False)
+    shards.past_cache = sum(e.size_bytes for e in in_files.values()) > CACHE_SHARE * host_memory_bytes()
     blocks = {index: model.get_submodule(f"{architecture.blocks}.{index}") for index in tiers}
     in_host = {index for index, tier in tiers.items() if tier == "host"}
     streamer = stream_blocks(blocks, in_host, shards, in_files, device) if blocks else None

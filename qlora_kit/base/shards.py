@@ -13,8 +13,10 @@ import contextlib
 import itertools
 import json
 import math
+import mmap
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from qlora_kit.files import atomic_file, safetensors_header
 
 HEADER_BYTES_LIMIT = 100_000_000  # of the format
 READ_BYTES = 8 << 20
+DIRECT_BYTES = 4 << 20  # of one read past the page cache
 
 DTYPES = {
     "F64": torch.float64,
@@ -41,6 +44,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_reused = threading.local()
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -61,10 +65,14 @@ class Shards:
     Args:
         paths: the files; a name may stand in one of them only.
         error: what to raise, so that a damaged adapter or checkpoint is reported as what it is.
+    Attributes:
+        past_cache: `read_bytes` reads past the page cache where the system can: for files that are read over and over
+            and do not fit in it. Reading these through it costs more, in copies and in making room, and has no use.
     """
 
     def __init__(self, paths: list[Path], error: type[QLoRAKitError] = ModelError) -> None:
         self.error = error
+        self.past_cache = False
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
         for path in paths:
@@ -95,6 +103,8 @@ class Shards:
 
     def read_bytes(self, entry: Entry, target: memoryview) -> None:
         """Fill `target` with the tensor's bytes, in large sequential reads."""
+        if self.past_cache and entry.size_bytes >= DIRECT_BYTES and self._fill_past_cache(entry, target):
+            return
         with self._opened(entry) as file:
             self._fill(file, entry, 0, target[: entry.size_bytes])
 
@@ -123,6 +133,29 @@ class Shards:
             if count == 0:
                 raise self.error(f"{entry.path}: ends at byte {where}, in the middle of a tensor")
             done += count
+
+    def _fill_past_cache(self, entry: Entry, target: memoryview) -> bool:
+        """Fill `target` by direct reads, which want whole pages in memory and file; False: the system has none here."""
+        try:
+            file = os.open(entry.path, os.O_RDONLY | os.O_DIRECT)
+        except (OSError, AttributeError):  # a file system in memory; not Linux
+            return False
+        pages, done = _pages(), 0
+        try:
+            while done < entry.size_bytes:
+                where = entry.offset + done
+                before = where % mmap.PAGESIZE
+                wanted = min(len(pages), -(-(before + entry.size_bytes - done) // mmap.PAGESIZE) * mmap.PAGESIZE)
+                count = min(os.preadv(file, [pages[:wanted]], where - before) - before, entry.size_bytes - done)
+                if count <= 0:
+                    raise self.error(f"{entry.path}: ends at byte {where}, in the middle of a tensor")
+                target[done : done + count] = pages[before : before + count]
+                done += count
+        except OSError as problem:
+            raise self.error(f"{entry.path}: cannot read: {problem.strerror or problem}") from problem
+        finally:
+            os.close(file)
+        return True
 
     def _folder(self) -> Path:
         return next(iter(self.entries.values())).path.parent if self.entries else Path(".")
@@ -175,6 +208,13 @@ class Shards:
                 f"{path}: tensor {name!r} ends at byte {data_start + end}, the file has {file_bytes}: it was cut off"
             )
         return begin, end, Entry(path, dtype, shape, data_start + begin, end - begin)
+
+
+def _pages() -> memoryview:
+    """Whole pages for direct reads, reused by each thread."""
+    if not hasattr(_reused, "pages"):
+        _reused.pages = memoryview(mmap.mmap(-1, DIRECT_BYTES))
+    return _reused.pages
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

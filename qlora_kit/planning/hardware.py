@@ -111,14 +111,19 @@ def detect_gpu() -> Device | None:
         return None
 
 
-def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What this process' control group may still take (cgroup v2, seen from inside); None: no limit."""
+def _cgroup_free_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """What this process' control group may still take (version 2 seen from inside, or version 1); None: no limit."""
     try:
-        limit = int((root / "memory.max").read_text())
-        used = int((root / "memory.current").read_text())
-        statistics = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-        return max(limit - used + int(statistics.get("inactive_file", 0)), 0)
-    except (OSError, ValueError):  # no such file, or "max"
+        if (root / "memory.max").exists():
+            folder, names, cache = root, ("memory.max", "memory.current"), "inactive_file"
+        else:
+            path = next(line.split(":", 2)[2] for line in own.read_text().splitlines() if ":memory:" in line)
+            folder, cache = root / "memory" / path.lstrip("/"), "total_inactive_file"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit, used = (int((folder / name).read_text()) for name in names)
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return max(limit - used + int(statistics.get(cache, 0)), 0)
+    except (OSError, ValueError, StopIteration):  # no such file, or "max"
         return None
 
 

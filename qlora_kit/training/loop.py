@@ -43,6 +43,7 @@ from qlora_kit.training.optim import build_optimizer
 from qlora_kit.training.schedule import learning_rate
 from qlora_kit.training.signals import StopRequest, stop_on_signal
 
+ROOMY_SHARE = 0.7  # of the budget; a plan below it leaves room for a faster, less frugal heap
 NON_FINITE_LIMIT = 5  # steps in a row that may be skipped
 # Keys that change where a run lives or how often it speaks, but not one bit of its result.
 FREE_KEYS = frozenset(
@@ -111,6 +112,8 @@ def train(recipe: Recipe, *, resume: bool = False, restart: bool = False, plan: 
         for folder in (output, output / "adapter", output / "best"):
             files.sweep(folder)
         before_bytes = resident_bytes()
+        if plan is None or plan["peak_bytes"] > ROOMY_SHARE * plan["budget_bytes"]:
+            return_freed_memory()
         run = prepare(recipe, stop)
         if resume:
             run.progress = load_checkpoint(output / "checkpoints", run.parameters, run.optimizer, run.identity)
@@ -126,7 +129,6 @@ def train(recipe: Recipe, *, resume: bool = False, restart: bool = False, plan: 
 
 def prepare(recipe: Recipe, stop: StopRequest) -> Run:
     """Read the data, load the base, hang the adapter in, build the optimizer: all that comes before the first step."""
-    return_freed_memory()
     train_examples, eval_examples = read_data(recipe)
     base = _place_base(recipe, pick_device(recipe.train.device))
     _require_embeddings(base, recipe, [*train_examples, *eval_examples])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
+import threading
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
+from qlora_kit.base import shards as module
 from qlora_kit.base.shards import Shards, bytes_of, find_shards, save_tensors
 from qlora_kit.errors import ModelError
 
@@ -84,3 +88,38 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ModelError, match="safetensors"):
         find_shards(tmp_path)
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 3), (4096, 8192), (5000, 12_345), (70_000, 9_999)])
+def test_reads_past_the_page_cache_give_the_same_bytes(first, second, tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"a": first, "b": second}
+    values = {n: torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator) for n, size in sizes.items()}
+    save_tensors(path, values)
+    monkeypatch.setattr(module, "DIRECT_BYTES", 8192)
+    monkeypatch.setattr(module, "_reused", threading.local())
+    shards = Shards([path])
+    target = torch.empty(second, dtype=torch.uint8)
+    if not shards._fill_past_cache(shards.entries["b"], bytes_of(target)):
+        pytest.skip("no direct reads on this file system")
+    assert torch.equal(target, values["b"])
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="ends at byte"):
+        shards._fill_past_cache(shards.entries["b"], bytes_of(target))
+
+
+def test_a_file_system_without_direct_reads_is_read_as_ever(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    save_tensors(path, {"a": torch.arange(100)})
+    shards, real = Shards([path]), os.open
+
+    def refuse(file, flags, *rest):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(file, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(module, "DIRECT_BYTES", 1)
+    shards.past_cache = True
+    assert torch.equal(shards.read("a"), torch.arange(100))

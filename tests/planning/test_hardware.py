@@ -82,6 +82,21 @@ def test_host_memory_is_positive_and_respects_a_control_group(tmp_path: Path, mo
     assert hardware.host_memory_bytes() == 350
 
 
+def test_a_control_group_of_version_1_is_respected_too(tmp_path: Path) -> None:
+    own = tmp_path / "cgroup"
+    own.write_text("8:pids:/\n4:memory:/a/b\n0::/\n")
+    group = tmp_path / "memory" / "a" / "b"
+    group.mkdir(parents=True)
+    values = {
+        "memory.limit_in_bytes": "1000",
+        "memory.usage_in_bytes": "700",
+        "memory.stat": "total_inactive_file 50\n",
+    }
+    for name, text in values.items():
+        (group / name).write_text(text)
+    assert hardware._cgroup_free_bytes(tmp_path, own) == 350
+
+
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
