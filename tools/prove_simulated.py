@@ -67,16 +67,18 @@ class Case:
     layers: int | None = None
 
 
-LLAMA_70B = "llama-3.1-70b"  # Llama-3-70B has the same shapes
 CASES = [
-    Case("70b-24", LLAMA_70B, 24, 22.5, ("data.seq_len=2048",)),
-    Case("70b-24-4096", LLAMA_70B, 24, 22.5, ("data.seq_len=4096",)),
-    Case("70b-24-host-24", LLAMA_70B, 24, 22.5, ("data.seq_len=2048",), host_gib=24),
-    Case("70b-32", LLAMA_70B, 32, 30, ("data.seq_len=2048",)),
-    Case("70b-16", LLAMA_70B, 16, 15, ("data.seq_len=2048",)),
-    Case("70b-8", LLAMA_70B, 8, 7.5, ("data.seq_len=1024",)),
+    Case("70b-32", "llama-3-70b", 32, 30, ("data.seq_len=2048",)),
+    Case("70b-32-4096", "llama-3-70b", 32, 30, ("data.seq_len=4096",)),
+    Case("70b-24", "llama-3-70b", 24, 22.5, ("data.seq_len=2048",)),
+    Case("70b-24-4096", "llama-3-70b", 24, 22.5, ("data.seq_len=4096",)),
+    Case("70b-24-host-24", "llama-3-70b", 24, 22.5, ("data.seq_len=2048",), host_gib=24),
+    Case("70b-16", "llama-3-70b", 16, 15, ("data.seq_len=2048",)),
+    Case("70b-16-4096", "llama-3-70b", 16, 15, ("data.seq_len=4096",)),
+    Case("70b-8", "llama-3-70b", 8, 7.5, ("data.seq_len=2048", "memory.activation_offload=host")),
+    Case("70b-8-4096", "llama-3-70b", 8, 7.5, ("data.seq_len=4096", "memory.activation_offload=host")),
     Case("7b-3", "llama-2-7b", 3, 2.8, ("data.seq_len=512",)),
-    Case("405b-24", "llama-3.1-405b", 24, 22.5, ("data.seq_len=1024",)),
+    Case("405b-24", "llama-3.1-405b", 24, 22.5, ("data.seq_len=2048", "memory.placement=disk"), host_gib=32),
 ]
 
 
@@ -124,7 +126,7 @@ def measure(recipe: Recipe, limit_bytes: int | None = None) -> Measured:
         make_optimizer_state(run)
         device.reset_peak()
         train_step(run)
-        return Measured(device.peak_bytes, device.pinned_bytes)
+        return Measured(device.peak_bytes, device.peak_pinned_bytes)
 
 
 def make_optimizer_state(run: Run) -> None:

@@ -42,9 +42,9 @@ def block_inputs(shapes: ModelShapes, recipe: Recipe, blocks: int) -> int:
     return blocks * together(recipe) * hidden_state(shapes, recipe)
 
 
-def recomputed_inputs(shapes: ModelShapes, recipe: Recipe) -> int:
-    """The inputs of the recomputed blocks that are on the device: all, or with offload the two in flight."""
-    there = block_inputs(shapes, recipe, recomputed_blocks(shapes, recipe))
+def recomputed_inputs(shapes: ModelShapes, recipe: Recipe, waiting: int) -> int:
+    """The inputs of so many recomputed blocks that are on the device: all, or with offload the two in flight."""
+    there = block_inputs(shapes, recipe, waiting)
     return min(there, IN_FLIGHT * hidden_state(shapes, recipe)) if offloads(recipe) else there
 
 
@@ -61,7 +61,8 @@ def kept_blocks(shapes: ModelShapes, recipe: Recipe) -> int:
 
 def kept_activations(shapes: ModelShapes, recipe: Recipe) -> int:
     """All that forward leaves on the device for backward, the head's part not counted."""
-    return recomputed_inputs(shapes, recipe) + kept_blocks(shapes, recipe) + call_arguments(shapes, recipe)
+    inputs = recomputed_inputs(shapes, recipe, recomputed_blocks(shapes, recipe))
+    return inputs + kept_blocks(shapes, recipe) + call_arguments(shapes, recipe)
 
 
 def in_kept_backward(shapes: ModelShapes, recipe: Recipe) -> int:
@@ -73,8 +74,8 @@ def in_kept_backward(shapes: ModelShapes, recipe: Recipe) -> int:
     return kept_activations(shapes, recipe) + gradients + kept_passage(shapes, recipe)
 
 
-def in_recomputed_backward(shapes: ModelShapes, recipe: Recipe) -> int:
-    """The same of the last of the recomputed blocks; those that were kept are gone by then.
+def in_recomputed_backward(shapes: ModelShapes, recipe: Recipe, waiting: int) -> int:
+    """The same of a recomputed block, the last of `waiting`; those that were kept are gone by then.
 
     With the gradients of the outputs, and one recomputed passage. Gradients of the inputs take the place of inputs;
     where these are offloaded, they come on top.
@@ -82,7 +83,7 @@ def in_recomputed_backward(shapes: ModelShapes, recipe: Recipe) -> int:
     gradients = block_inputs(shapes, recipe, 1)
     if offloads(recipe):
         gradients += (together(recipe) - 1) * hidden_state(shapes, recipe)
-    around = recomputed_inputs(shapes, recipe) + call_arguments(shapes, recipe) + gradients
+    around = recomputed_inputs(shapes, recipe, waiting) + call_arguments(shapes, recipe) + gradients
     return around + recomputed_passage(shapes, recipe)
 
 

@@ -36,9 +36,13 @@ def training_moments(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) ->
     final norm: kept activations, the backward of the final norm.
     kept block backward: the backward of the last block, if it kept its activations.
     block backward: that of the last recomputed block, when the kept ones are gone.
+    first block backward: where all micro-batches of a step pass together, and gradients come block by block.
     """
     static = static_ledger(shapes, recipe, runtime_bytes)
     kept, recomputed = activations.kept_activations(shapes, recipe), recomputed_blocks(shapes, recipe)
+    gradients = static["gradients"]
+    if at_once := together(recipe) == recipe.train.grad_accumulation:
+        static |= {"gradients": gradients // shapes.layers}
     moments = {
         "loss": static
         | {
@@ -51,7 +55,12 @@ def training_moments(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) ->
     if recomputed < shapes.layers:
         moments["kept block backward"] = static | {"activations": activations.in_kept_backward(shapes, recipe)}
     if recomputed:
-        moments["block backward"] = static | {"activations": activations.in_recomputed_backward(shapes, recipe)}
+        ready = gradients * (shapes.layers - recomputed + 1) // shapes.layers if at_once else gradients
+        inputs = activations.in_recomputed_backward(shapes, recipe, recomputed)
+        moments["block backward"] = static | {"activations": inputs, "gradients": ready}
+    if recomputed and at_once:
+        inputs = activations.in_recomputed_backward(shapes, recipe, 1)
+        moments["first block backward"] = static | {"activations": inputs, "gradients": gradients}
     return moments
 
 

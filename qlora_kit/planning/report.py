@@ -33,6 +33,7 @@ MOMENTS = {
     "final norm": "the backward of the final norm",
     "kept block backward": "the backward of a block that kept its activations",
     "block backward": "one block's backward",
+    "first block backward": "the first block's backward",
 }
 
 

@@ -33,6 +33,7 @@ class SimulatedDevice:
         active: the one that is active now.
         shapes_only: tensors have shapes and bytes, but no values (but see `simulated_kernels.keeps_values`).
         memory, timeline: its bytes, and the order of its streams.
+        peak_pinned_bytes: the most host memory that was pinned at once since the start or `reset_peak`.
     """
 
     active: SimulatedDevice | None = None
@@ -41,6 +42,7 @@ class SimulatedDevice:
         self.shapes_only, self.timeline = shapes_only, Timeline(on_race)
         self.memory = Memory(limit_bytes, self.timeline.freed)
         self._pinned: dict[int, tuple[StorageWeakRef, int]] = {}  # by address of the storage: is it alive, bytes
+        self.peak_pinned_bytes = 0
         self._error: Exception | None = None
 
     @property
@@ -63,8 +65,8 @@ class SimulatedDevice:
         self.memory.limit_bytes = limit_bytes
 
     def reset_peak(self) -> None:
-        """Begin a new measurement of `peak_bytes`."""
-        self.memory.peak_bytes = self.memory.live_bytes
+        """Begin a new measurement of `peak_bytes` and `peak_pinned_bytes`."""
+        self.memory.peak_bytes, self.peak_pinned_bytes = self.memory.live_bytes, self.pinned_bytes
 
     def allocations(self) -> list[Allocation]:
         """What is in use now, each with its `size_bytes` and `owner`."""
@@ -93,6 +95,7 @@ class SimulatedDevice:
         self._pinned = {address: seen for address, seen in self._pinned.items() if not seen[0].expired()}
         taken = 1 << (storage.nbytes() - 1).bit_length() if storage.nbytes() else 0
         self._pinned[storage._cdata] = (StorageWeakRef(storage), taken)
+        self.peak_pinned_bytes = max(self.peak_pinned_bytes, self.pinned_bytes)
         return host
 
     def make(self, make: Callable[[str], Tensor]) -> DeviceTensor:

@@ -112,9 +112,10 @@ def test_a_switch_that_saves_memory_lowers_the_peak(smaller: str, larger: str) -
     assert plan("qwen2.5-7b", *settings, smaller).peak_bytes < plan("qwen2.5-7b", *settings, larger).peak_bytes
 
 
-def test_grad_accumulation_costs_no_memory() -> None:
-    few, many = plan("llama-7b", "train.grad_accumulation=1"), plan("llama-7b", "train.grad_accumulation=64")
-    assert few.peak_bytes == many.peak_bytes
+def test_grad_accumulation_costs_no_memory_but_the_gradients_that_wait() -> None:
+    one, two, many = (plan("llama-7b", f"train.grad_accumulation={count}") for count in (1, 2, 64))
+    assert two.peak_bytes == many.peak_bytes
+    assert many.peak_bytes - one.peak_bytes == pytest.approx(many.components["gradients"] * 31 / 32, abs=1)
 
 
 # ------------------------------------------------------------------------------------------- budget, errors

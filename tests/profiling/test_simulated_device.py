@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import json
 import threading
 import time
 from pathlib import Path
@@ -16,13 +17,14 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_kit.adapters.inject import inject, trainable_parameters
 from qlora_kit.architectures import ARCHITECTURES
 from qlora_kit.base.linear import FrozenLinear
 from qlora_kit.base.loader import Base, load_base
+from qlora_kit.planning.shapes import catalogue
 from qlora_kit.profiling.simulated_device import DeviceRaceError, owner, simulated_device
+from qlora_kit.profiling.unfilled import unfilled_base
 from qlora_kit.recipe import Adapter, Model
 from qlora_kit.training.blocks import attach
 from qlora_kit.training.loss import batch_losses
@@ -588,42 +590,20 @@ def test_shapes_only_touches_no_host_memory_either():
         assert resident_bytes() - before < 64 << 20
 
 
-def llama_70b(blocks: int) -> Base:
+def llama_70b(folder: Path, blocks: int) -> Base:
     """The shape of Llama-3-70B, or of some of its blocks: NF4 with double quantization, LoRA of rank 16."""
-    config = LlamaConfig(
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=blocks,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-    for name, module in list(model.model.layers.named_modules()):
-        if isinstance(module, torch.nn.Linear):
-            sizes = (module.in_features, module.out_features)
-            linear = FrozenLinear(*sizes, bias=False, quantization="nf4", double_quant=True, dtype=torch.bfloat16)
-            model.model.layers.set_submodule(name, linear)
-    for module in model.modules():
-        for tensors in (module._buffers, module._parameters):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    made = torch.empty(tensor.shape, dtype=tensor.dtype, device="simgpu")
-                    tensors[name] = made if tensors is module._buffers else torch.nn.Parameter(made)
-    model.eval().requires_grad_(False)
-    settings = Model(path="nowhere")
-    base = Base(model, ARCHITECTURES["llama"], settings, Path("nowhere"), "none", torch.device("simgpu"))
+    config = folder / f"{blocks}.json"
+    config.write_text(json.dumps(catalogue()["llama-3-70b"]["config"] | {"num_hidden_layers": blocks}))
+    base = unfilled_base(Model(path=str(config)), "simgpu")
     inject(base, Adapter(dtype="bfloat16"), seed=0)
     attach(base, True)
     return base
 
 
-def peak_of_a_70b_step(blocks: int, tokens: int = 2048) -> tuple[int, int]:
+def peak_of_a_70b_step(folder: Path, blocks: int, tokens: int = 2048) -> tuple[int, int]:
     """Bytes once loaded, and at the peak of forward and backward."""
     with simulated_device(shapes_only=True) as device:
-        base = llama_70b(blocks)
+        base = llama_70b(folder, blocks)
         loaded = device.live_bytes
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         batch = SimpleNamespace(input_ids=ids, position_ids=torch.arange(tokens)[None], targets=ids)
@@ -631,17 +611,17 @@ def peak_of_a_70b_step(blocks: int, tokens: int = 2048) -> tuple[int, int]:
         return loaded, device.peak_bytes
 
 
-def test_each_block_of_a_70b_adds_its_weights_and_one_kept_input():
-    (loaded_2, peak_2), (loaded_3, peak_3) = peak_of_a_70b_step(2), peak_of_a_70b_step(3)
+def test_each_block_of_a_70b_adds_its_weights_and_one_kept_input(tmp_path):
+    (loaded_2, peak_2), (loaded_3, peak_3) = (peak_of_a_70b_step(tmp_path, blocks) for blocks in (2, 3))
     assert (peak_3 - peak_2) - (loaded_3 - loaded_2) == 2048 * 8192 * 2
     weights = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
     assert 0 < loaded_3 - loaded_2 - weights // 2 - weights // 64 < 8 << 20  # adapter, scales of the scales, norms
 
 
 @pytest.mark.slow
-def test_a_step_of_a_70b_takes_seconds_and_fits_where_its_weights_fit(capsys):
+def test_a_step_of_a_70b_takes_seconds_and_fits_where_its_weights_fit(tmp_path, capsys):
     started = time.monotonic()
-    loaded, peak = peak_of_a_70b_step(80)
+    loaded, peak = peak_of_a_70b_step(tmp_path, 80)
     seconds = time.monotonic() - started
     with capsys.disabled():
         print(f"70B, 2048 tokens: {loaded / 2**30:.2f} GiB loaded, {peak / 2**30:.2f} GiB at the peak, {seconds:.0f} s")
