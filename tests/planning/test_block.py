@@ -24,7 +24,13 @@ CONFIGS = dict.fromkeys(ARCHITECTURES, GATED) | {
     "gemma3_text": {**GATED, "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 128},
     "qwen3": {**GATED, "head_dim": 64},
 }
-SMALL = ("adapter.rank=8", "memory.loss_chunk_tokens=64", "memory.placement=device", "memory.embeddings=device")
+SMALL = (
+    "adapter.rank=8",
+    "train.grad_accumulation=1",
+    "memory.loss_chunk_tokens=64",
+    "memory.placement=device",
+    "memory.embeddings=device",
+)
 
 
 def shapes_of(name: str) -> ModelShapes:

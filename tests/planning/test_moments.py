@@ -19,11 +19,10 @@ CONFIG |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 512
 SMALL = ("data.seq_len=512", "adapter.rank=8", "memory.loss_chunk_tokens=64", "memory.embeddings=device")
 PLACEMENTS = {
     "device": ("device", 3, 0),
-    "host": ("host", 0, 3),
     "all three": ("disk", 1, 1),
 }
 GRID = list(itertools.product(["device"], [True, False, 1], [1, 2], [True, False]))
-GRID += itertools.product(["host", "all three"], [True, False, 1], [1, 2], [False])
+GRID += itertools.product(["all three"], [True, False, 1], [1, 2], [False])
 
 
 def shapes_of(name: str) -> ModelShapes:

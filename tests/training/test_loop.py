@@ -23,6 +23,7 @@ from qlora_kit.adapters.inject import trainable_parameters
 from qlora_kit.adapters.store import save_adapter
 from qlora_kit.data.tokenize import IGNORE_INDEX
 from qlora_kit.errors import CheckpointError, DataError, ModelError, NonFiniteError, RecipeError
+from qlora_kit.planning.planner import make_plan
 from qlora_kit.recipe import Recipe
 from qlora_kit.training import loop
 from qlora_kit.training.loop import prepare, train, train_step
@@ -285,6 +286,20 @@ def test_where_the_base_lives_does_not_change_one_bit(memory, model, corpus, tmp
     train(recipe(model, corpus, tmp_path / "away", memory=memory, **keys))
     assert losses(tmp_path / "away") == losses(tmp_path / "device")
     assert_same_adapter(tmp_path / "away", tmp_path / "device")
+
+
+def test_whatever_a_plan_decides_for_a_budget_does_not_change_one_bit(model, corpus, tmp_path):
+    keys = {"model": {"quantization": "nf4"}, "adapter": {"dropout": 0.1}, "memory": {"gradient_checkpointing": "auto"}}
+    train(recipe(model, corpus, tmp_path / "plain", **(keys | {"memory": {}})))
+    decided = set()
+    wide = make_plan(recipe(model, corpus, tmp_path, **keys), budget_bytes=1 << 30).peak_bytes
+    for share in (1.1, 0.99, 0.9, 0.7, 0.5, 0.4):
+        asked = recipe(model, corpus, tmp_path / str(share), **keys)
+        runs = make_plan(asked, budget_bytes=int(share * wide)).placed(asked)
+        train(runs)
+        decided.add(tuple(runs.memory.model_dump().values()))
+        assert_same_adapter(tmp_path / str(share), tmp_path / "plain")
+    assert len(decided) >= 4
 
 
 def test_a_base_kept_for_streaming_is_not_taken_for_another_model(model, corpus, tmp_path, tiny_model):
