@@ -50,7 +50,10 @@ AnyBase = Annotated[bool, typer.Option("--any-base", help="Accept an adapter tha
 Quantization = Annotated[
     str, typer.Option(help="auto | nf4 | fp4 | none. auto: as the adapter was trained; without one, none.")
 ]
-
+PlacementOption = Annotated[
+    str,
+    typer.Option("--placement", help="auto | device | host | disk: where the blocks live; streamed ones fit anywhere."),
+]
 
 STACKS = ("kit", "peft", "peft-liger", "litgpt")
 
@@ -215,6 +218,7 @@ def evaluate_command(
     learn: Annotated[str, typer.Option(help="completion | all: which tokens count.")] = "completion",
     seq_len: Annotated[int, typer.Option(help="Longest example, in tokens.")] = 2048,
     quantization: Quantization = "auto",
+    placement: PlacementOption = "auto",
     any_base: AnyBase = False,
     as_json: AsJson = False,
 ) -> None:
@@ -231,7 +235,7 @@ def evaluate_command(
     settings = section(Data, train=str(data), format=format, learn=learn, seq_len=seq_len)
     examples, _ = load_examples(data, settings, load_tokenizer(model_folder(model)))
     batches = eval_batches(examples, micro_batch=1, seq_len=seq_len, packing=True, pad_id=0)
-    base = load_model(model, [adapter] if adapter else [], quantization, any_base)
+    base = load_model(model, [adapter] if adapter else [], quantization, any_base, placement)
     evaluation = evaluate(base, batches, AUTO_LOSS_CHUNK_TOKENS)
     if as_json:
         _print_json(evaluation.to_json())
@@ -250,6 +254,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of sampling at a temperature above 0.")] = 0,
     quantization: Quantization = "auto",
+    placement: PlacementOption = "auto",
     any_base: AnyBase = False,
 ) -> None:
     """Text from a base, a base with adapters, or a merged model.
@@ -260,7 +265,7 @@ def generate(
     from qlora_kit.generation import generate as run_generation
 
     tokenizer = load_tokenizer(model_folder(model))
-    base = load_model(model, list(adapter or []), quantization, any_base)
+    base = load_model(model, list(adapter or []), quantization, any_base, placement)
     messages = [{"role": "system", "content": system}] if system else []
     asked = prompt if raw else [*messages, {"role": "user", "content": prompt}]
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}

@@ -12,9 +12,9 @@ from qlora_kit import __version__
 from qlora_kit.errors import RecipeError
 
 if TYPE_CHECKING:
-    from qlora_kit.base.loader import Base
+    from qlora_kit.base.loader import Base, Placement
     from qlora_kit.planning.planner import Plan
-    from qlora_kit.recipe import Recipe
+    from qlora_kit.recipe import Model, Recipe
 
 
 def not_built(command: str) -> NoReturn:
@@ -62,8 +62,8 @@ def model_folder(model: str) -> Path:
     return folder
 
 
-def load_model(model: str, adapters: list[str], quantization: str, any_base: bool) -> Base:
-    """The base in its own dtype, with every adapter of the list active."""
+def load_model(model: str, adapters: list[str], quantization: str, any_base: bool, placement: str = "device") -> Base:
+    """The base in its own dtype, with every adapter of the list active; its blocks where `--placement` says."""
     from pydantic import ValidationError
 
     from qlora_kit.adapters.inject import activate
@@ -73,6 +73,7 @@ def load_model(model: str, adapters: list[str], quantization: str, any_base: boo
     from qlora_kit.errors import ModelError
     from qlora_kit.planning.shapes import read_config
     from qlora_kit.recipe import Model
+    from qlora_kit.training.blocks import attach
 
     if quantization not in ("auto", "nf4", "fp4", "none"):
         raise RecipeError(f"--quantization: auto, nf4, fp4 or none, found {quantization!r}")
@@ -93,12 +94,28 @@ def load_model(model: str, adapters: list[str], quantization: str, any_base: boo
         first = error.errors()[0]
         where = Path(adapters[0]) / PROVENANCE if first["loc"][0] in record else Path(source)
         raise ModelError(f"{where}: {first['loc'][0]}: {first['msg'].lower()}, found {first['input']!r}") from None
-    base = load_base(settings, pick_device())
+    base = load_base(settings, pick_device(), _placed(settings, placement))
+    if base.streamer is not None:
+        attach(base)
     names = [f"adapter-{index}" for index in range(len(adapters))]
     for name, adapter in zip(names, adapters):
         load_adapter(base, Path(adapter), name, any_base=any_base)
     activate(base, names)
     return base
+
+
+def _placed(settings: Model, placement: str) -> Placement:
+    """Where the weights go; `auto` as a training run of 1,024 tokens would have them."""
+    from qlora_kit.base.quantize_model import is_quantized
+    from qlora_kit.planning.planner import make_plan
+    from qlora_kit.recipe import Data, Memory, Recipe
+    from qlora_kit.training.loop import placement_of
+
+    if is_quantized(Path(settings.path)):
+        settings = settings.model_copy(update={"quantization": "nf4"})
+    memory = section(Memory, placement=placement)
+    recipe = Recipe(model=settings, data=Data(train="none"), memory=memory, output=f"{settings.path}-none")
+    return placement_of(make_plan(recipe).placed(recipe))
 
 
 def section(kind: Any, **values: Any) -> Any:

@@ -561,6 +561,19 @@ def test_generate_prints_the_answer_alone(qlora: Qlora, story: Story) -> None:
     assert len(ended.out) <= 5
 
 
+@pytest.mark.parametrize("placement", ["device", "disk"])
+def test_eval_and_generate_give_the_same_wherever_the_blocks_live(
+    placement: str, qlora: Qlora, story: Story, tmp_path: Path
+) -> None:
+    nf4 = tmp_path / "nf4"
+    assert qlora("quantize", "--model", story.place.model, "--out", nf4).code == 0
+    model = ["--model", nf4, "--adapter", story.adapter, "--placement", placement]
+    loss = json.loads(qlora("eval", *model, "--data", story.place.eval, "--json").out)["loss"]
+    assert loss == json.loads(qlora("eval", *story.trained, "--data", story.place.eval, "--json").out)["loss"]
+    said = qlora("generate", *model, "--prompt", "1 + 1 ?", "--max-new-tokens", 4).out
+    assert said == qlora("generate", *story.trained, "--prompt", "1 + 1 ?", "--max-new-tokens", 4).out
+
+
 def test_the_merged_model_answers_as_the_adapter_model_does(qlora: Qlora, story: Story) -> None:
     data = ["--data", story.place.eval, "--json"]
     merged = json.loads(qlora("eval", "--model", story.place.output / "merged", *data).out)

@@ -22,7 +22,14 @@ from qlora_kit import files
 from qlora_kit.adapters.inject import inject, trainable_parameters
 from qlora_kit.adapters.lora import DropoutSeed
 from qlora_kit.adapters.store import save_adapter
-from qlora_kit.base.device import peak_bytes, pick_device, reset_peak, resident_bytes, return_freed_memory
+from qlora_kit.base.device import (
+    peak_bytes,
+    pick_device,
+    reset_peak,
+    resident_bytes,
+    return_freed_memory,
+    trim_freed_memory,
+)
 from qlora_kit.base.loader import Base, Placement, base_fingerprint, load_base, resolve_folder
 from qlora_kit.base.quantize_model import is_quantized, quantize_model
 from qlora_kit.base.shards import Shards, find_shards
@@ -337,6 +344,7 @@ def train_step(run: Run) -> dict[str, Any]:
         loss = torch.stack(batch_losses(run.base, batches, run.chunk_tokens, keys)).sum()
         (loss / max(1, learned)).backward()
         total += loss.detach()
+    trim_freed_memory()
     norm = clip(list(run.parameters.values()), settings.max_grad_norm)
     lr = learning_rate(step, total=run.total_steps, peak=settings.lr, warmup=settings.warmup, kind=settings.schedule)
     finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(total))
@@ -348,6 +356,7 @@ def train_step(run: Run) -> dict[str, Any]:
         warn(f"step {step + 1}: loss {total.item()}, gradient norm {norm.item()}: the step is skipped")
         run.progress.skipped_steps += 1
     run.optimizer.zero_grad(set_to_none=True)
+    trim_freed_memory()
     run.progress.step += 1
     run.progress.learned_tokens += learned
     seconds, tokens = time.monotonic() - started, sum(batch.tokens for batch in micro_batches)

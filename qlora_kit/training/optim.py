@@ -92,8 +92,9 @@ class MasterWeights(torch.optim.Optimizer):
         self.inner.param_groups = [group | {"params": [master]}]
         self.inner.step()
         del self.state[master]
-        upper, state[_LOWER] = split(master)
+        upper, lower = split(master)
         parameter.copy_(upper)
+        state[_LOWER] = state[_LOWER].copy_(lower) if _LOWER in state else lower
 
 
 # ---------------------------------------------------------------------------------------------- saved state
