@@ -4,7 +4,7 @@ Why: planner, trainer, profiler and reports speak of the same ten components; th
 How: each component is one short function of (shapes, recipe). The static ones are exact to the byte, and tests hold
 them to bitsandbytes' own tensors; logits and what is around the head are counted from what the loss allocates.
 Activations have a file of their own; what is there at the same moment is put together in planning/moments.
-Imports no torch. Imported by planning, and by training, generation and export for the chunk of the loss.
+Imports no torch. Imported by planning; by base, training and export for the sizes of chunks and slabs.
 """
 
 from __future__ import annotations

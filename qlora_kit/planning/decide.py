@@ -7,7 +7,7 @@ How, the cheapest in time first:
    together as it takes for a block's compute to cover its fetch.
 2. memory that is left over: fewer recomputed blocks, then weights kept dequantized, then micro-batches together where
    they are short.
-Every step is tried by planning it. Imports no torch. Imported by planning/planner and planning/suggest.
+Every step is tried by planning it. Imports no torch. Imported by planning/planner.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Why: a peak is the maximum over moments, not the sum of all there ever is. How: what is static, plus what the moment
 adds (components, activations). A test holds the highest moment to the peak of a step on the simulated accelerator.
-Imports no torch. Imported by planning/planner.
+Imports no torch. Imported by planning/phases.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a recipe comes to for one model, in the numbers that several formulas of the ledger need.
 
 Why: how many blocks are resident, kept or recomputed, how many micro-batches wait together, what a hidden state takes:
-each is said once. `auto` counts as what costs least memory: the planner decides it (`planner.decided`).
-Imports no torch. Imported by planning/components, planning/activations, planning/moments and planning/planner.
+each is said once. `auto` counts as what costs least memory: the planner decides it (`decide.decided`).
+Imports no torch. Imported by the other formulas of planning.
 """
 
 from __future__ import annotations
