@@ -6,7 +6,6 @@ runs the code that training runs, and compares bits where bits are promised. Imp
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kit import recipe
+from qlora_kit import files, recipe
 from qlora_kit.adapters.inject import inject, merge, trainable_parameters
 from qlora_kit.base import nf4
 from qlora_kit.base.device import has_unified_memory
@@ -79,7 +78,7 @@ class Bench:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * 0.05
             tensors[name] = (noise + (parameter.dim() == 1)).bfloat16()
-        (self.original / "config.json").write_text(json.dumps(CONFIG))
+        files.write_json(self.original / "config.json", CONFIG)
         save_tensors(self.original / "model.safetensors", tensors, {"format": "pt"})
         quantize_model(self.original, self.checkpoint)
         self.batches = [_batch(lengths, generator) for lengths in ([160], [96, 64], [128])]
