@@ -345,8 +345,8 @@ def quantize(
 
     Example: `qlora-kit quantize --model models/m --out models/m-nf4`
     """
-    from qlora_kit.base.loader import resolve_folder
     from qlora_kit.base.quantize_model import quantize_model
+    from qlora_kit.base.source import resolve_folder
     from qlora_kit.units import format_bytes
 
     folder = resolve_folder(model)

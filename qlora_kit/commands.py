@@ -12,7 +12,8 @@ from qlora_kit import __version__
 from qlora_kit.errors import RecipeError
 
 if TYPE_CHECKING:
-    from qlora_kit.base.loader import Base, Placement
+    from qlora_kit.base.loader import Base
+    from qlora_kit.base.streaming import Placement
     from qlora_kit.planning.planner import Plan
     from qlora_kit.recipe import Model, Recipe
 
@@ -54,7 +55,7 @@ def model_folder(model: str) -> Path:
 
     Raises: ModelError: no such model, unsupported, or a field of its config is absent or absurd.
     """
-    from qlora_kit.base.loader import resolve_folder
+    from qlora_kit.base.source import resolve_folder
     from qlora_kit.planning.shapes import model_shapes, read_config
 
     folder = resolve_folder(model)
@@ -108,13 +109,13 @@ def _placed(settings: Model, placement: str) -> Placement:
     """Where the weights go; `auto` as a training run of 1,024 tokens would have them."""
     from qlora_kit.base.quantize_model import is_quantized
     from qlora_kit.planning.planner import make_plan
-    from qlora_kit.recipe import Data, Memory, Recipe
-    from qlora_kit.training.loop import placement_of
+    from qlora_kit.recipe import Memory, recipe_for_model
+    from qlora_kit.training.run import placement_of
 
     if is_quantized(Path(settings.path)):
         settings = settings.model_copy(update={"quantization": "nf4"})
-    memory = section(Memory, placement=placement)
-    recipe = Recipe(model=settings, data=Data(train="none"), memory=memory, output=f"{settings.path}-none")
+    changes = {"model": settings, "memory": section(Memory, placement=placement)}
+    recipe = recipe_for_model(settings.path).model_copy(update=changes)
     return placement_of(make_plan(recipe).placed(recipe))
 
 

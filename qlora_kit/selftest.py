@@ -21,9 +21,10 @@ from qlora_kit import files, recipe
 from qlora_kit.adapters.inject import inject, merge, trainable_parameters
 from qlora_kit.base import nf4
 from qlora_kit.base.device import has_unified_memory
-from qlora_kit.base.loader import Base, Placement, build_on_meta, load_base
+from qlora_kit.base.loader import Base, build_on_meta, load_base
 from qlora_kit.base.quantize_model import quantize_model
 from qlora_kit.base.shards import save_tensors
+from qlora_kit.base.streaming import Placement
 from qlora_kit.console import stdout
 from qlora_kit.data.batches import MicroBatch
 from qlora_kit.training.blocks import attach
@@ -165,7 +166,7 @@ def _require_close(found: Tensor, expected: Tensor, limit: float) -> str:
 
 def codes(bench: Bench) -> str:
     """Against bitsandbytes' own functions, called as its users call them."""
-    functional = nf4._functional()
+    functional = nf4.bitsandbytes_functional()
     compared = 0
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         weight = torch.randn(257, 384, generator=torch.Generator().manual_seed(1)).to(bench.device, dtype)

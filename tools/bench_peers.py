@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,10 +27,10 @@ from tools.harness import (
     Worker,
     add_common,
     alternate,
+    carry_out,
     command,
     kit_worker,
     median,
-    scratch,
     table,
     write_recipe,
 )
@@ -173,10 +172,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.budget_of_peer and PEFT in options.without:
         parser.error("--budget-of-peer needs peft")
-    with scratch(options.dir) as folder:
-        found = measure(options, folder)
-    print(json.dumps(found, indent=2)) if options.json else show(found)
-    return 0
+    return carry_out(options, measure, show)
 
 
 if __name__ == "__main__":

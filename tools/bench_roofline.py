@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,10 @@ from tools.harness import (
     PLACEMENTS,
     add_common,
     alternate,
+    carry_out,
     command,
     kit_worker,
     median,
-    scratch,
     table,
     write_recipe,
 )
@@ -100,10 +99,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3, help="measured, after one that warms up (default 3)")
     parser.add_argument("--placements", nargs="+", choices=list(PLACEMENTS), default=list(PLACEMENTS))
     options = parser.parse_args()
-    with scratch(options.dir) as folder:
-        found = measure(options, folder)
-    print(json.dumps(found, indent=2)) if options.json else show(found)
-    return 0
+    return carry_out(options, measure, show)
 
 
 if __name__ == "__main__":

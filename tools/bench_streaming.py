@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.units import format_bytes, parse_bytes
 from tools.cgroups import Group, ReadLimit, always_cold, fill_cache
-from tools.harness import PLACEMENTS, add_common, alternate, command, kit_worker, median, scratch, table, write_recipe
+from tools.harness import PLACEMENTS, add_common, alternate, carry_out, command, kit_worker, median, table, write_recipe
 from tools.random_base import random_base
 
 Values = dict[str, Any]
@@ -202,10 +201,7 @@ def main() -> int:
     options.seq_len = options.seq_len or (256 if options.what == "together" else 1024)
     options.steps = options.steps or (3 if options.what in ("times", "together") else 2)
     measure, show = kinds[options.what]
-    with scratch(options.dir) as folder:
-        found = measure(options, folder)
-    print(json.dumps(found, indent=2)) if options.json else show(found)
-    return 0
+    return carry_out(options, measure, show)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Needs root and the controllers below /sys/fs/cgroup. Imported by: tools.harness,
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import time
@@ -25,7 +26,7 @@ class NoControlGroup(QLoRAKitError):
     """The kernel gives no such limit to this user."""
 
 
-class Group:
+class Group(abc.ABC):
     """One control group of one controller, for as long as its with-block lasts.
 
     Raises: NoControlGroup: not root, or the controller is not there (another version of control groups, a container).
@@ -57,9 +58,9 @@ class Group:
                 return
             time.sleep(0.05)
 
+    @abc.abstractmethod
     def set_up(self) -> None:
         """Write the limits into the group's files."""
-        raise NotImplementedError
 
 
 def _own_group(controller: str) -> Path:

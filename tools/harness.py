@@ -281,6 +281,18 @@ def scratch(parent: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+def carry_out(
+    options: argparse.Namespace,
+    measure: Callable[[argparse.Namespace, Path], dict[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+) -> int:
+    """Measure in a scratch folder, and print what was found as tables or as one JSON object."""
+    with scratch(options.dir) as folder:
+        found = measure(options, folder)
+    print(json.dumps(found, indent=2)) if options.json else show(found)
+    return 0
+
+
 def command(main: Callable[[], int]) -> None:
     """Run a tool: an error of the kit is one line, Ctrl-C and SIGTERM end it with everything removed."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

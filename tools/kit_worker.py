@@ -1,8 +1,8 @@
 """The process in which a benchmark runs this kit: `python -m tools.kit_worker RECIPE`, spoken to by `tools.harness`.
 
-Why a recipe: it is the real training code that is measured, `training.loop` from the placement of the base to the step;
-only the data is made here, random token ids. Questions: `step` makes an optimizer step; `components` counts the bytes
-of the tensors that the run holds, by the ledger's names, as far as they can be told apart.
+Why a recipe: it is the real training code that is measured, `training.run` and `training.loop`, from the placement of
+the base to the step; only the data is made here, random token ids. Questions: `step` makes an optimizer step;
+`components` counts the bytes of the tensors that the run holds, by the ledger's names, where these can be told apart.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_kit.base.device import pick_device, return_freed_memory
+from qlora_kit.base.device import pick_device
 from qlora_kit.base.linear import FrozenLinear
 from qlora_kit.base.shards import save_tensors
 from qlora_kit.planning.planner import make_plan
 from qlora_kit.recipe import Recipe, load_recipe
-from qlora_kit.training import loop
-from qlora_kit.training.loop import Run, train_step
+from qlora_kit.training.loop import train_step
 from qlora_kit.training.optim import optimizer_state
+from qlora_kit.training.run import Run, assemble, choose_heap, place_base
 from qlora_kit.training.signals import StopRequest
 from tools.harness import Answer, Questions, model_modules, random_examples, serve
 
@@ -31,12 +31,11 @@ RANDOM_B = 0.01  # standard deviation
 def build_run(recipe: Recipe, steps: int) -> Run:
     """The kit's `Run` on random data, `steps` steps of it different; built as `qlora-kit train` builds one."""
     plan = make_plan(recipe)
-    if plan.peak_bytes > loop.ROOMY_SHARE * plan.budget_bytes:
-        return_freed_memory()
-    base = loop._place_base(recipe, pick_device(recipe.train.device))
+    choose_heap(plan.peak_bytes, plan.budget_bytes)
+    base = place_base(recipe, pick_device(recipe.train.device))
     rows = steps * recipe.train.grad_accumulation * recipe.train.micro_batch
     examples = random_examples(rows, recipe.data.seq_len, base.model.config.vocab_size)
-    return loop.assemble(recipe, base, examples, [], StopRequest())
+    return assemble(recipe, base, examples, [], StopRequest())
 
 
 def bytes_of(*tensors: Tensor | None) -> int:

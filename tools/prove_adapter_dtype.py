@@ -24,7 +24,8 @@ from qlora_kit.console import note
 from qlora_kit.files import write_json
 from qlora_kit.recipe import Recipe, load_recipe
 from qlora_kit.training.evaluate import evaluate
-from qlora_kit.training.loop import Run, prepare, train_step
+from qlora_kit.training.loop import train_step
+from qlora_kit.training.run import Run, prepare
 from qlora_kit.training.signals import StopRequest
 
 REFERENCE = "fp32"

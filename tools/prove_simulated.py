@@ -1,8 +1,8 @@
 """Does the plan hold? Steps of the real training code on a simulated accelerator, planned peak beside measured peak.
 
-    python tools/prove_simulated.py                      every case, one after the other
-    python tools/prove_simulated.py 70b-24 7b-3          some of them
-    python tools/prove_simulated.py --json > proof.json
+    python -m tools.prove_simulated                      every case, one after the other
+    python -m tools.prove_simulated 70b-24 7b-3          some of them
+    python -m tools.prove_simulated --json > proof.json
 
 Why: there is no GPU here, and what fits on one is the point of this kit. How: the planner decides for a card and a
 budget as `plan` does; then transformers' model, the streamer, the loop and bitsandbytes' 8-bit optimizer run a step on
@@ -34,7 +34,8 @@ from qlora_kit.planning.shapes import catalogue, model_shapes, read_config
 from qlora_kit.profiling.simulated_device import simulated_device
 from qlora_kit.profiling.unfilled import unfilled_base
 from qlora_kit.recipe import Recipe, recipe_for_model
-from qlora_kit.training.loop import Run, assemble, placement_of, train_step
+from qlora_kit.training.loop import train_step
+from qlora_kit.training.run import Run, assemble, placement_of
 from qlora_kit.training.signals import StopRequest
 from qlora_kit.units import format_bytes
 

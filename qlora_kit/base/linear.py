@@ -162,6 +162,11 @@ class FrozenLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.quantization}, active={list(self.active)}"
 
 
+def frozen_linears(module: nn.Module) -> list[FrozenLinear]:
+    """The frozen linears below a module, in its order."""
+    return [found for found in module.modules() if isinstance(found, FrozenLinear)]
+
+
 class _FrozenLinear(torch.autograd.Function):
     """y = x W^T + b + s (drop(x) A^T) B^T; gradients of x, A and B, none of W."""
 

@@ -9,9 +9,6 @@ Imported by: training.loop, generation, export, the commands.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +22,10 @@ from qlora_kit.architectures import Architecture, architecture_of
 from qlora_kit.base import nf4
 from qlora_kit.base.device import free_bytes
 from qlora_kit.base.linear import FrozenLinear
-from qlora_kit.base.prequantized import FINGERPRINT, PART, PackedWeight, packed_weights
+from qlora_kit.base.prequantized import PART, PackedWeight, packed_weights
 from qlora_kit.base.shards import Shards, find_shards
-from qlora_kit.base.streaming import BlockStreamer, InFiles, spread, stream_blocks
+from qlora_kit.base.source import base_fingerprint, resolve_folder
+from qlora_kit.base.streaming import BlockStreamer, InFiles, Placement, stream_blocks
 from qlora_kit.base.vocabulary import FetchedEmbedding, FetchedHead, Table, fetch_from
 from qlora_kit.base.workspace import Workspace
 from qlora_kit.console import note, progress
@@ -36,7 +34,6 @@ from qlora_kit.planning.hardware import host_memory_bytes
 from qlora_kit.planning.shapes import model_shapes, read_config
 
 CACHE_SHARE = 0.7  # of the free memory, that files may take which are read in every step
-SAMPLE_BYTES = 4096  # of each tensor, twice, in the fingerprint
 UNSAFE_CONFIG_KEYS = frozenset({"auto_map", "attn_implementation", "experts_implementation"})  # fetch or run code
 DECIDED_HERE = frozenset({"quantization_config", "transformers_version", "torch_dtype", "dtype"})
 
@@ -91,75 +88,6 @@ def held_weights(base: Base, share: float = 0.25) -> Iterator[None]:
     finally:
         for linear in linears:
             linear.held = None
-
-
-def resolve_folder(path: str, revision: str | None = None) -> Path:
-    """The local folder of a model: `path` itself, or a hub id's snapshot, downloaded if need be.
-
-    Raises: ModelError: neither a folder nor a hub id that can be had.
-    """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise ModelError(f"{path}: no such folder, and not a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        found = snapshot_download(
-            path, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
-        )
-    except Exception as problem:  # the hub client raises many kinds
-        reason = str(problem).strip().splitlines()[0]
-        raise ModelError(f"{path}: no such folder here, and the hub did not give it: {reason}") from problem
-    return Path(found)
-
-
-def fingerprint(shards: Shards) -> str:
-    """Hex digest that tells two bases apart: every name, dtype and shape, and 8 KiB of each tensor.
-
-    A fine-tuned copy differs in nearly every tensor, so samples are enough; reading 140 GB would take minutes.
-    """
-    digest = hashlib.sha256()
-    for name, entry in sorted(shards.entries.items()):
-        digest.update(f"{name} {entry.dtype} {entry.shape};".encode())
-        size = min(SAMPLE_BYTES, entry.size_bytes)
-        with open(entry.path, "rb") as file:
-            for start in (0, (entry.size_bytes - size) // 2):
-                digest.update(os.pread(file.fileno(), size, entry.offset + start))
-    return digest.hexdigest()[:32]
-
-
-def base_fingerprint(shards: Shards) -> str:
-    """The fingerprint of a base, or of the one that a 4-bit checkpoint of this kit was made from."""
-    recorded = shards.metadata.get(FINGERPRINT, "")
-    return recorded if re.fullmatch("[0-9a-f]{32}", recorded) else fingerprint(shards)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where the weights live.
-
-    Attributes:
-        tier: of the blocks: `device`, `host` memory, or `disk`: the model's own files, read when a block runs.
-        resident: with the other two, how many blocks live on the device all the same, evenly spread.
-        host: with `disk`, how many of those that do not live in host memory, evenly spread among them.
-        embeddings: the same choice of three for embedding and head. On a CPU `host` is the device itself.
-    """
-
-    tier: str = "device"
-    resident: int = 0
-    embeddings: str = "device"
-    host: int = 0
-
-    def tiers(self, layers: int) -> dict[int, str]:
-        """`host` or `disk` for each block that does not live on the device, by index."""
-        if self.tier == "device":
-            return {}
-        streamed = sorted(set(range(layers)) - spread(min(self.resident, layers), layers))
-        in_host = spread(len(streamed) if self.tier == "host" else min(self.host, len(streamed)), len(streamed))
-        return {index: "host" if position in in_host else "disk" for position, index in enumerate(streamed)}
 
 
 def load_base(settings: recipe.Model, device: torch.device | str = "cpu", placement: Placement | None = None) -> Base:

@@ -32,7 +32,7 @@ NESTED_BLOCK = 256  # absmax values that share one scale
 
 
 @functools.cache
-def _functional() -> Any:
+def bitsandbytes_functional() -> Any:
     """bitsandbytes' functions, imported without its remark on an optional CPU kernel."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes.functional
@@ -43,13 +43,13 @@ def _functional() -> Any:
 @functools.cache
 def absmax_code(device: torch.device) -> Tensor:
     """The 256 values of the 8-bit code of `absmax`, fp32 [256]: one table per device, shared by all weights."""
-    return _functional().create_dynamic_map().to(device)
+    return bitsandbytes_functional().create_dynamic_map().to(device)
 
 
 @functools.cache
 def level_values(quant_type: str) -> Tensor:
     """The values of the 16 codes of a 4-bit type, for absmax 1, fp32 [16] on the host."""
-    return _functional().get_4bit_type(quant_type, device="cpu")
+    return bitsandbytes_functional().get_4bit_type(quant_type, device="cpu")
 
 
 def state_shapes(
@@ -69,7 +69,7 @@ def state_shapes(
 
 def quantize(weight: Tensor, quant_type: str, double_quant: bool) -> dict[str, Tensor]:
     """The stored tensors of `weight` (any shape; bf16, fp16 or fp32), bit for bit as bitsandbytes computes them."""
-    functional, weight = _functional(), weight.contiguous()
+    functional, weight = bitsandbytes_functional(), weight.contiguous()
     if weight.device.type == "cpu":
         codes, absmax = quantize_cpu.quantize_4bit(weight, quant_type)
     else:
@@ -109,7 +109,7 @@ def dequantize(
             absmax = quantize_cpu.dequantize_8bit(absmax, stored["absmax_scale"], code, NESTED_BLOCK).add_(offset)
         out = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
         return quantize_cpu.dequantize_4bit(codes, absmax, quant_type, block, out)
-    functional = _functional()
+    functional = bitsandbytes_functional()
     nested = None
     if offset is not None:
         nested = functional.QuantState(

@@ -23,9 +23,9 @@ from qlora_kit import files
 from qlora_kit.architectures import Architecture
 from qlora_kit.base import nf4
 from qlora_kit.base.companions import carry
-from qlora_kit.base.loader import fingerprint
 from qlora_kit.base.prequantized import FINGERPRINT, STATE
 from qlora_kit.base.shards import Shards, find_shards, write_tensors
+from qlora_kit.base.source import fingerprint
 from qlora_kit.console import progress
 from qlora_kit.errors import DiskError, ModelError, NonFiniteError
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config

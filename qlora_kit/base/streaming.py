@@ -17,14 +17,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.base.linear import FrozenLinear
+from qlora_kit.base.linear import FrozenLinear, frozen_linears
 from qlora_kit.base.shards import Entry, Shards
 from qlora_kit.base.slots import Slots, Source
-from qlora_kit.planning.components import blocks_of_a_slab
+from qlora_kit.planning.components import aligned, blocks_of_a_slab
 
-ALIGNMENT = 256  # bytes; what kernels want of a tensor's start
 InFiles = dict[tuple[FrozenLinear, str], Entry]  # stored tensors that stay in the model's files
 STREAMED = frozenset({"codes", "absmax", "absmax_scale", "dense"})  # the rest of a linear is a few bytes: it stays
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the weights live.
+
+    Attributes:
+        tier: of the blocks: `device`, `host` memory, or `disk`: the model's own files, read when a block runs.
+        resident: with the other two, how many blocks live on the device all the same, evenly spread.
+        host: with `disk`, how many of those that do not live in host memory, evenly spread among them.
+        embeddings: the same choice of three for embedding and head. On a CPU `host` is the device itself.
+    """
+
+    tier: str = "device"
+    resident: int = 0
+    embeddings: str = "device"
+    host: int = 0
+
+    def tiers(self, layers: int) -> dict[int, str]:
+        """`host` or `disk` for each block that does not live on the device, by index."""
+        if self.tier == "device":
+            return {}
+        streamed = sorted(set(range(layers)) - spread(min(self.resident, layers), layers))
+        in_host = spread(len(streamed) if self.tier == "host" else min(self.host, len(streamed)), len(streamed))
+        return {index: "host" if position in in_host else "disk" for position, index in enumerate(streamed)}
 
 
 @dataclass(frozen=True)
@@ -59,7 +83,7 @@ def lay_out(linears: Sequence[FrozenLinear]) -> tuple[list[Piece], int]:
             if name not in STREAMED:
                 continue
             tensor = getattr(linear, name)
-            start = -(-end // ALIGNMENT) * ALIGNMENT
+            start = aligned(end)
             size_bytes = tensor.numel() * tensor.element_size()
             pieces.append(Piece(linear, name, tensor.dtype, tuple(tensor.shape), start, size_bytes))
             end = start + size_bytes
@@ -128,25 +152,21 @@ def stream_blocks(
     """
     streamed = {}
     for index in sorted(blocks.keys() - in_host):
-        linears = [linear for linear in _linears(blocks[index]) if (linear, linear.stored[0]) in in_files]
+        linears = [linear for linear in frozen_linears(blocks[index]) if (linear, linear.stored[0]) in in_files]
         pieces, size_bytes = lay_out(linears)
         extents = tuple((piece.offset, in_files[piece.linear, piece.name]) for piece in pieces)
         streamed[index] = StreamedBlock(pieces, Source(size_bytes, extents=extents))
-    layouts = {index: lay_out(_linears(blocks[index])) for index in sorted(in_host)}
+    layouts = {index: lay_out(frozen_linears(blocks[index])) for index in sorted(in_host)}
     rooms = host_memory([size_bytes for _, size_bytes in layouts.values()], pinned=device.type != "cpu")
     for (index, (pieces, size_bytes)), room in zip(layouts.items(), rooms):
         for piece in pieces:
             piece.view(room).copy_(getattr(piece.linear, piece.name))
             piece.detach()
-        for linear in _linears(blocks[index]):
+        for linear in frozen_linears(blocks[index]):
             for name in set(linear.stored) - STREAMED:
                 setattr(linear, name, getattr(linear, name).to(device))
         streamed[index] = StreamedBlock(pieces, Source(size_bytes, room))
     return BlockStreamer(streamed, shards, device)
-
-
-def _linears(block: nn.Module) -> list[FrozenLinear]:
-    return [module for module in block.modules() if isinstance(module, FrozenLinear)]
 
 
 def host_memory(sizes: Sequence[int], *, pinned: bool) -> Iterator[Tensor]:

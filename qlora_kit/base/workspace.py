@@ -16,12 +16,7 @@ from collections.abc import Callable, Hashable, Iterator
 import torch
 from torch import Tensor
 
-ALIGNMENT = 256  # bytes; what kernels want of a tensor's start
-
-
-def aligned(size_bytes: int) -> int:
-    """`size_bytes` rounded up to a whole number of ALIGNMENT."""
-    return -(-size_bytes // ALIGNMENT) * ALIGNMENT
+from qlora_kit.planning.components import aligned
 
 
 class Workspace:

@@ -47,7 +47,7 @@ AUTO_LOSS_CHUNK_TOKENS = 512
 LOSS_CHUNK_VOCABULARY = 16384  # rows of the head that are used at a time
 SLAB_BYTES = 4 << 30  # of pinned memory in one allocation
 SLOTS = 2  # buffers of `base.streaming`: one block computes, the next arrives
-ALIGNMENT = 256  # of tensors in slots and in the workspace
+ALIGNMENT = 256  # bytes, of tensors in slots and in the workspace: what kernels want of a tensor's start
 
 Ledger = dict[str, int]
 
@@ -238,11 +238,12 @@ def workspace(shapes: ModelShapes, recipe: Recipe) -> int:
         return 0
     kept = recomputed_blocks(shapes, recipe) > 0 or together(recipe) > 1
     if kept and recipe.memory.keep_dequantized is True:
-        return sum(_aligned(linear.weights * value_bytes(recipe)) for linear in shapes.linears)
+        return sum(aligned(linear.weights * value_bytes(recipe)) for linear in shapes.linears)
     return largest_linear(shapes) * value_bytes(recipe)
 
 
-def _aligned(size_bytes: int) -> int:
+def aligned(size_bytes: int) -> int:
+    """`size_bytes` rounded up to a whole number of ALIGNMENT."""
     return -(-size_bytes // ALIGNMENT) * ALIGNMENT
 
 

@@ -17,11 +17,11 @@ from torch import nn
 
 from qlora_kit import recipe
 from qlora_kit.architectures import Architecture
-from qlora_kit.base.linear import FrozenLinear
-from qlora_kit.base.loader import Base, Placement, build_frozen
+from qlora_kit.base.linear import FrozenLinear, frozen_linears
+from qlora_kit.base.loader import Base, build_frozen
 from qlora_kit.base.shards import Entry, Shards
 from qlora_kit.base.slots import Source
-from qlora_kit.base.streaming import STREAMED, BlockStreamer, StreamedBlock, host_memory, lay_out
+from qlora_kit.base.streaming import STREAMED, BlockStreamer, Placement, StreamedBlock, host_memory, lay_out
 from qlora_kit.base.vocabulary import Table, fetch_from
 from qlora_kit.planning.shapes import model_shapes, read_config
 
@@ -54,7 +54,7 @@ def unfilled_base(settings: recipe.Model, device: torch.device | str, placement:
     shapes = model_shapes(config, source)
     model = build_frozen(config, settings, device, source)
     blocks, tiers = model.get_submodule(shapes.architecture.blocks), placement.tiers(shapes.layers)
-    away = {index: [m for m in blocks[index].modules() if isinstance(m, FrozenLinear)] for index in tiers}
+    away = {index: frozen_linears(blocks[index]) for index in tiers}
     if placement.embeddings != "device":
         _fetch_vocabulary(model, shapes.architecture, placement.embeddings, device)
     stays_away = {linear for linears in away.values() for linear in linears}

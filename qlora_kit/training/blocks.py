@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.adapters.lora import DropoutSeed
-from qlora_kit.base.linear import FrozenLinear
+from qlora_kit.base.linear import frozen_linears
 from qlora_kit.base.loader import Base
-from qlora_kit.base.workspace import aligned
+from qlora_kit.planning.components import aligned
 from qlora_kit.training.offload import InputStore, input_store
 from qlora_kit.training.tiles import TokenWise
 
@@ -114,7 +114,7 @@ class BlockRunner:
         self.plain_forward = self.block.forward
         self.recomputes = index < settings.recomputed
         self.latest: Callable[[], list[Any] | None] = lambda: None  # what its last forward keeps, while it is wanted
-        self._linears = [module for module in self.block.modules() if isinstance(module, FrozenLinear)]
+        self._linears = frozen_linears(self.block)
         self._dense_bytes = sum(aligned(linear.dense_bytes) for linear in self._linears)
         row = base.architecture
         self._last: Any = None if row.output_norm else self.block.get_submodule(row.mlp_out)
@@ -231,8 +231,8 @@ def attach(base: Base, recomputed: int | bool = True, **settings: Any) -> None:
 def last_hidden_states(base: Base, batches: Sequence[Any], dropout_keys: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """The hidden state after the final norm, [B, T, D], of each micro-batch; they pass the blocks together.
 
-    transformers' own forward runs twice without its blocks: once to record what it passes to each of them, once to do
-    what it does after them. So no architecture's masks and positions are known here.
+    transformers' own forward runs twice without its blocks: once to record what it passes to each of them, once (on any
+    embeddings: they go nowhere) to do what it does after them. So no architecture's masks and positions are known here.
     """
     if not isinstance(base.blocks()[0].__dict__.get("forward"), BlockRunner):
         attach(base)
@@ -250,22 +250,23 @@ def last_hidden_states(base: Base, batches: Sequence[Any], dropout_keys: Sequenc
             calls.append(call)
             return hidden
 
-        _around_blocks(base, batch, settings, record)
+        _around_blocks(base, batch, settings, record, input_ids=batch.input_ids.to(base.device))
         recorded.append(calls)
     for runner, of_block in zip(runners, zip(*recorded, strict=True)):
         hiddens = list(runner.run(hiddens, of_block))
     return [
-        _around_blocks(base, batch, settings, lambda index, before, call, after=hidden: after)
+        _around_blocks(base, batch, settings, lambda *_, after=hidden: after, inputs_embeds=hidden.detach())
         for batch, hidden in zip(batches, hiddens)
     ]
 
 
-def _around_blocks(base: Base, batch: Any, settings: Passage, intercept: Callable[..., Tensor]) -> Tensor:
-    """transformers' forward of the decoder with `intercept` in the place of every block."""
+def _around_blocks(
+    base: Base, batch: Any, settings: Passage, intercept: Callable[..., Tensor], **inputs: Tensor
+) -> Tensor:
+    """transformers' forward of the decoder on `inputs` with `intercept` in the place of every block."""
     settings.intercept = intercept
     try:
-        ids, positions = batch.input_ids.to(base.device), batch.position_ids.to(base.device)
-        output = base.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
-        return output.last_hidden_state
+        positions = batch.position_ids.to(base.device)
+        return base.model.base_model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
     finally:
         settings.intercept = None

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.architectures import ARCHITECTURES
-from qlora_kit.base.loader import fingerprint, load_base
+from qlora_kit.base.loader import load_base
 from qlora_kit.base.shards import Shards, find_shards
+from qlora_kit.base.source import fingerprint
 from qlora_kit.errors import ModelError
 from qlora_kit.recipe import Model
+from tests.edits import edited
 
 
 def unquantized(folder: Path, dtype: str = "float32") -> Model:
@@ -36,14 +37,6 @@ def test_every_parameter_is_frozen_and_none_is_left_on_meta(model_type, tiny_mod
     model = load_base(Model(path=str(tiny_model(model_type)))).model
     tensors = [*model.parameters(), *model.buffers()]
     assert not any(tensor.requires_grad or tensor.is_meta for tensor in tensors)
-
-
-def edited(folder: Path, target: Path, edit) -> Path:
-    shutil.copytree(folder, target)
-    tensors = load_file(target / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    return target
 
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"

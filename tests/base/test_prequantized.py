@@ -11,7 +11,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.adapters.inject import inject, trainable_parameters
@@ -23,6 +23,7 @@ from qlora_kit.base.quantize_model import quantize_model
 from qlora_kit.errors import ModelError
 from qlora_kit.export.merge import merge_model
 from qlora_kit.recipe import Adapter, Model
+from tests.edits import edited
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 STATE = f"{Q_PROJ}.quant_state.bitsandbytes__nf4"
@@ -130,14 +131,6 @@ def checkpoint(tiny_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "q"
     quantize_model(tiny_model("llama"), folder)
     return folder
-
-
-def edited(folder: Path, target: Path, edit) -> Path:
-    shutil.copytree(folder, target)
-    tensors = load_file(target / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    return target
 
 
 def with_state(**changes: Any):

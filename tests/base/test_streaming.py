@@ -14,9 +14,9 @@ import torch
 
 from qlora_kit.adapters.inject import branches, inject, trainable_parameters
 from qlora_kit.architectures import ARCHITECTURES
-from qlora_kit.base.loader import Base, Placement, load_base
+from qlora_kit.base.loader import Base, load_base
 from qlora_kit.base.quantize_model import quantize_model
-from qlora_kit.base.streaming import spread
+from qlora_kit.base.streaming import Placement, spread
 from qlora_kit.errors import ModelError
 from qlora_kit.planning.components import blocks_of_a_slab
 from qlora_kit.profiling.simulated_device import simulated_device

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_kit.adapters.inject import branches, inject, trainable_parameters
 from qlora_kit.architectures import ARCHITECTURES
 from qlora_kit.base import vocabulary
-from qlora_kit.base.loader import Base, Placement, load_base
+from qlora_kit.base.loader import Base, load_base
 from qlora_kit.base.quantize_model import quantize_model
 from qlora_kit.base.shards import Shards
+from qlora_kit.base.streaming import Placement
 from qlora_kit.base.vocabulary import FetchedHead
 from qlora_kit.errors import ModelError
 from qlora_kit.profiling.simulated_device import simulated_device

@@ -13,7 +13,8 @@ import torch
 
 from qlora_kit.adapters.inject import inject, trainable_parameters
 from qlora_kit.architectures import ARCHITECTURES, LinearShape
-from qlora_kit.base.loader import Placement, load_base
+from qlora_kit.base.loader import load_base
+from qlora_kit.base.streaming import Placement
 from qlora_kit.base.vocabulary import ResidentHead
 from qlora_kit.optimizers import OPTIMIZERS
 from qlora_kit.planning import components as ledger

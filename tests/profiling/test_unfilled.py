@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from qlora_kit.architectures import ARCHITECTURES
-from qlora_kit.base.loader import Placement, load_base
+from qlora_kit.base.loader import load_base
 from qlora_kit.base.quantize_model import quantize_model
+from qlora_kit.base.streaming import Placement
 from qlora_kit.profiling.simulated_device import simulated_device
 from qlora_kit.profiling.unfilled import unfilled_base
 from qlora_kit.recipe import Model

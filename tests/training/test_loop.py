@@ -26,7 +26,8 @@ from qlora_kit.errors import CheckpointError, DataError, ModelError, NonFiniteEr
 from qlora_kit.planning.planner import make_plan
 from qlora_kit.recipe import Recipe
 from qlora_kit.training import loop
-from qlora_kit.training.loop import prepare, train, train_step
+from qlora_kit.training.loop import train, train_step
+from qlora_kit.training.run import prepare
 from qlora_kit.training.signals import StopRequest
 
 WORDS = [f"w{index}" for index in range(120)]
