@@ -103,14 +103,14 @@ def test_what_cannot_be_read_is_raised_where_it_is_needed_and_tried_again(tmp_pa
 
 
 def test_the_reader_ends_with_the_slots(tmp_path):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     sources, shards = file_sources(tmp_path)
     slots = Slots(sources, shards, torch.device("cpu"))
     walk(slots, [0, 1])
-    assert threading.active_count() == before + 1
+    (reader,) = set(threading.enumerate()) - before
     del slots
-    time.sleep(0.2)
-    assert threading.active_count() == before
+    reader.join(timeout=10)
+    assert not reader.is_alive()
 
 
 def test_one_slot_is_refused():
