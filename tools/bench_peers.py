@@ -4,10 +4,11 @@
     python -m tools.bench_peers --dir D --budget-of-peer   and this kit with as much memory as peft took
 
 Each contender is a process (tools/kit_worker.py, tools/peers.py) with as many threads as the others and your shell's
-environment; one computes at a time, a step each in turn, so that other load hits all alike. Prints tokens/s, the peak
-resident memory of each process, the loss of every step side by side, and seconds and peak of loading: from the bf16
-model, and from its NF4 checkpoint. Libraries are imported before that clock starts; files are in the page cache.
-trl is not a dependency of this project: `pip install trl` (docs' figures: 1.16.0), or --without trl.
+environment; one computes at a time, a step each in turn, so that other load hits all alike. This kit runs twice: its
+base on the device as the others have it, and streamed from an NF4 checkpoint on disk, embedding and head too. Prints
+tokens/s, the peak resident memory of each process, the loss of every step side by side, and seconds and peak of
+loading: from the bf16 model, and from its NF4 checkpoint. Libraries are imported before that clock starts; files are
+in the page cache. trl is not a dependency of this project: `pip install trl` (docs' figures: 1.16.0), or --without trl.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from qlora_kit.units import format_bytes
 from tools.cgroups import fill_cache
 from tools.harness import (
+    PLACEMENTS,
     Answer,
     Worker,
     add_common,
@@ -36,9 +38,11 @@ from tools.harness import (
 )
 from tools.random_base import random_base
 
-KIT, PEFT, TRL, KIT_BUDGET = "kit", "peft", "trl", "kit, peft's memory"
+KIT, PEFT, TRL = "kit", "peft", "trl"
+KIT_STREAMED, KIT_BUDGET = "kit, base on disk", "kit, peft's memory"
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "trl")
 RECOMPUTED = {"memory.placement": "device", "memory.gradient_checkpointing": True}  # as the others do
+STREAMED = RECOMPUTED | PLACEMENTS["disk"] | {"memory.embeddings": "disk", "memory.keep_dequantized": False}
 Start = Callable[[str, Path, dict[str, Any]], Worker]
 
 
@@ -70,8 +74,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     names = [name for name in (KIT, PEFT, TRL) if name not in options.without]
     with contextlib.ExitStack() as stack:
         workers = loaded_in_turn(stack, start, dense, dict.fromkeys(names, RECOMPUTED))
+        workers |= loaded_in_turn(stack, start, nf4, {KIT_STREAMED: STREAMED})
         answers = alternate(workers, options.steps + options.warm_up, warm_up=0)
-        found = {name: figures(workers[name].loaded, answers[name], options.warm_up) for name in names}
+        found = {name: figures(worker.loaded, answers[name], options.warm_up) for name, worker in workers.items()}
     if options.budget_of_peer:
         found |= with_memory_of_peer(options, start, dense, found)
     loads = {name: load_only(start, name, nf4) for name in names if name != TRL}

@@ -31,8 +31,9 @@ RANDOM_B = 0.01  # standard deviation
 def build_run(recipe: Recipe, steps: int) -> Run:
     """The kit's `Run` on random data, `steps` steps of it different; built as `qlora-kit train` builds one."""
     plan = make_plan(recipe)
-    choose_heap(plan.peak_bytes, plan.budget_bytes)
-    base = place_base(recipe, pick_device(recipe.train.device))
+    device = pick_device(recipe.train.device)
+    choose_heap(device, plan.peak_bytes, plan.budget_bytes)
+    base = place_base(recipe, device)
     rows = steps * recipe.train.grad_accumulation * recipe.train.micro_batch
     examples = random_examples(rows, recipe.data.seq_len, base.model.config.vocab_size)
     return assemble(recipe, base, examples, [], StopRequest())

@@ -17,7 +17,8 @@ import torch
 
 from qlora_kit.errors import RecipeError
 
-M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
+NEVER, LARGEST_MMAP_THRESHOLD = -1, 32 << 20  # what glibc accepts
 STATUS = Path("/proc/self/status")
 _frugal = False  # glibc's heap is the process' own, so what it was told is too
 
@@ -41,15 +42,31 @@ def has_unified_memory(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _tell_heap(settings: dict[int, int]) -> bool:
+    """Set parameters of glibc's heap; whether it took them all. Elsewhere there is nothing to set."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        return all(libc.mallopt(name, value) for name, value in settings.items())
+    return False
+
+
 def return_freed_memory() -> None:
     """Ask glibc to map large tensors one by one, so that what is freed goes back to the system at once.
 
     By default its threshold grows with what was freed, and blocks of different sizes then fragment the heap: the
-    quickstart's process held 100 MB more. It costs a tenth of a step in fresh pages. Does nothing elsewhere.
+    quickstart's process held 100 MB more. It costs a tenth of a step in fresh pages.
     """
     global _frugal
-    with contextlib.suppress(OSError, AttributeError):
-        _frugal = bool(ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20))
+    _frugal = _tell_heap({M_MMAP_THRESHOLD: 1 << 20})
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc for the opposite: one heap for all threads, never given back, so that a step touches no fresh page.
+
+    By default autograd's thread has a heap of its own, returned and taken again with every large tensor: a twentieth
+    of a step of the 1B shape (`tools.bench_roofline`).
+    """
+    _tell_heap({M_ARENA_MAX: 1, M_TRIM_THRESHOLD: NEVER, M_MMAP_THRESHOLD: LARGEST_MMAP_THRESHOLD})
 
 
 def trim_freed_memory() -> None:

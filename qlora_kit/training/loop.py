@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from qlora_kit import files
 from qlora_kit.adapters.store import save_adapter
-from qlora_kit.base.device import peak_bytes, reset_peak, resident_bytes, return_freed_memory, trim_freed_memory
+from qlora_kit.base.device import (
+    peak_bytes,
+    pick_device,
+    reset_peak,
+    resident_bytes,
+    return_freed_memory,
+    trim_freed_memory,
+)
 from qlora_kit.console import note, warn
 from qlora_kit.errors import NonFiniteError, RecipeError, Stopped
 from qlora_kit.profiling.report import write_memory
@@ -65,7 +72,7 @@ def train(recipe: Recipe, *, resume: bool = False, restart: bool = False, plan: 
         if plan is None:
             return_freed_memory()
         else:
-            choose_heap(plan["peak_bytes"], plan["budget_bytes"])
+            choose_heap(pick_device(recipe.train.device), plan["peak_bytes"], plan["budget_bytes"])
         run = prepare(recipe, stop)
         if resume:
             run.progress = load_checkpoint(output / "checkpoints", run.parameters, run.optimizer, run.identity)

@@ -17,7 +17,7 @@ from torch import nn
 
 from qlora_kit.adapters.inject import inject, trainable_parameters
 from qlora_kit.adapters.lora import DropoutSeed
-from qlora_kit.base.device import pick_device, return_freed_memory
+from qlora_kit.base.device import keep_freed_memory, pick_device, return_freed_memory
 from qlora_kit.base.loader import Base, load_base
 from qlora_kit.base.quantize_model import is_quantized, quantize_model
 from qlora_kit.base.shards import Shards, find_shards
@@ -75,10 +75,12 @@ class Run:
         return 1 if wanted == "auto" else wanted
 
 
-def choose_heap(peak_bytes: int, budget_bytes: int) -> None:
-    """Have freed memory given back at once where a plan of `peak_bytes` is tight; see `return_freed_memory`."""
+def choose_heap(device: torch.device, peak_bytes: int, budget_bytes: int) -> None:
+    """Where a plan of `peak_bytes` is tight, have freed memory given back at once; on a CPU with room, never."""
     if peak_bytes > ROOMY_SHARE * budget_bytes:
         return_freed_memory()
+    elif device.type == "cpu":
+        keep_freed_memory()
 
 
 def prepare(recipe: Recipe, stop: StopRequest) -> Run:

@@ -38,3 +38,27 @@ def test_an_accelerators_figures_are_its_own():
 def test_a_device_that_is_not_there_is_refused_by_name():
     with pytest.raises(RecipeError, match="train.device: xpu is not available"):
         pick_device("xpu")
+
+
+HEAP = """
+import resource, torch
+from qlora_kit.base import device
+device.{choice}()
+def touch():
+    return [torch.ones(10 << 20, dtype=torch.uint8) for _ in range(8)]  # 80 MiB
+touch(), touch()  # side by side, so that the heap has room for either
+before, faults = device.resident_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+touch()
+print(before >> 20, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")
+def test_a_heap_that_keeps_freed_memory_faults_no_page_twice_and_one_that_returns_it_holds_none():
+    def run(choice: str) -> list[int]:
+        code = [sys.executable, "-c", HEAP.format(choice=choice)]
+        return [int(value) for value in subprocess.run(code, capture_output=True, text=True, check=True).stdout.split()]
+
+    returning, keeping = run("return_freed_memory"), run("keep_freed_memory")
+    assert keeping[0] > returning[0] + 60
+    assert keeping[1] < 16 <= returning[1]

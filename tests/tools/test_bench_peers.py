@@ -7,7 +7,7 @@ import importlib.util
 
 import pytest
 
-from tools.bench_peers import KIT, KIT_BUDGET, PEFT, TRL, measure, show
+from tools.bench_peers import KIT, KIT_BUDGET, KIT_STREAMED, PEFT, TRL, measure, show
 
 
 @pytest.mark.slow
@@ -17,7 +17,7 @@ def test_contenders_see_the_same_batches_and_agree_on_the_loss(tiny_shape, tmp_p
     own = {"seq_len": 32, "steps": 2, "warm_up": 1, "budget_of_peer": True, "without": without}
     found = measure(argparse.Namespace(**shared, **own), tmp_path)
     contenders = found["contenders"]
-    assert set(contenders) == {KIT, PEFT, KIT_BUDGET, *({TRL} - set(without))}
+    assert set(contenders) == {KIT, PEFT, KIT_STREAMED, KIT_BUDGET, *({TRL} - set(without))}
     for name, of_one in contenders.items():
         assert of_one["losses"] == pytest.approx(contenders[KIT]["losses"], rel=2e-3), name
         assert of_one["peak_bytes"] >= of_one["load_peak_bytes"] * 0.9 > 0
