@@ -5,9 +5,9 @@
 
 Why: other stacks' peaks were measured on real GPUs, some to the byte, so they judge the formulas of `plan --stack`.
 How: each row names a model's shape, a setting and versions; these make shapes, a recipe and a row of STACKS or
-PUBLISHED, and nothing of the row's peak goes in. The file of points is not part of this repository. Tiers: 1, byte-exact
-peaks of torch's allocator (fms-acceleration); 1b, litgpt; 1c, fsdp_qlora; 2, peaks whose length or measure is not
-wholly known; bounds, where only "fits" or "does not" was said. Imports no torch. Imported by: tests.
+PUBLISHED, and nothing of the row's peak goes in. The file of points is not part of this repository. Tiers: 1,
+byte-exact peaks of torch's allocator (fms-acceleration); 1b, litgpt; 1c, fsdp_qlora; 2, peaks whose length or measure
+is not wholly known; bounds, where only "fits" or "does not" was said. Imports no torch. Imported by: tests.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from qlora_kit.recipe import Recipe, recipe_for_model
 Row = dict[str, Any]
 LIMITS = {"1": 0.03, "1b": 0.07, "1c": 0.07, "2": 0.15}
 STATIC_LIMIT = 0.01
+BOUND_MARGIN = 0.05
+T4_BYTES = int(14.75 * 2**30)  # of a 16 GB card
 TIERS = (("1", r"fms-"), ("1b", r"litgpt-|raschka-"), ("1c", r"fsdpq-"), ("2", r"tt-|axolotl-|unsloth-nb-"))
 # Names that say what a shape alone does not; the first that is found counts.
 MODEL_TYPES = (
@@ -131,7 +133,19 @@ def stack_of(row: Row) -> str:
         return "litgpt-longest-first"
     if row["id"].startswith("litgpt"):
         return "litgpt"
-    note = row["note"]
+    if row["id"].startswith("fsdpq-nb"):
+        return "fsdp_qlora-notebook"
+    note, loss = row["note"], row["loss_impl"] or ""
+    if row["id"].startswith("tt-"):
+        offload = "-offload" if "offloading" in str(row["grad_checkpointing"]) else ""
+        return f"torchtune-chunked{offload}" if "Chunked" in loss else "torchtune"
+    if row["id"].startswith("axolotl"):
+        return "axolotl-cce" if "cut cross" in loss else "axolotl"
+    if row["id"].startswith("unsloth-ctx"):
+        return "tf4.48-kbit" if "HF" in row["id"] else "unsloth-cce"
+    for start, name in (("unsloth", "unsloth"), ("hfblog", "tf4.30"), ("qlora", "qlora-paper")):
+        if row["id"].startswith(start):
+            return name
     version = "tf4.48" if "transformers4.48" in note else "tf4.45"
     if "baseline-peft-bnb" in note:
         return f"{version}-kbit"
@@ -144,36 +158,51 @@ def recipe_of(row: Row, shapes: ModelShapes) -> Recipe:
     quant = str(row["quant"]).split()[0]
     present = {linear.name.rpartition(".")[2] for linear in shapes.linears}
     names = FUSED.get(shapes.model_type, {})
-    targets = [name for name in (names.get(target, target) for target in row["targets"]) if name in present]
-    if len(row["targets"]) >= 7:
+    wanted = row["targets"] or ["q_proj", "v_proj"]
+    targets = [name for name in (names.get(target, target) for target in wanted) if name in present]
+    if len(wanted) >= 7:
         targets = []
-    paged = "paged" in row["optimizer"].lower()
+    optimizer = row["optimizer"].lower()
+    paged, small = "paged" in optimizer, "8bit" in optimizer
     changes = {
         "model.quantization": "none" if quant == "bf16" else quant,
         "model.double_quant": bool(row["double_quant"]),
-        "adapter.rank": row["rank"],
+        "adapter.rank": row["rank"] or 8,
         "adapter.dropout": row["lora_dropout"] or 0.0,
         "adapter.target_modules": f"[{', '.join(dict.fromkeys(targets))}]" if targets else "all-linear",
         "data.seq_len": row["seq_len"],
         "data.packing": "false",
         "train.micro_batch": row["micro_batch"],
         "train.grad_accumulation": 8 if row["id"].startswith(("litgpt", "raschka")) else 1,
-        "train.optimizer": "paged_adamw_32bit" if paged else "adamw",
-        "memory.gradient_checkpointing": "true" if row["grad_checkpointing"] else "false",
+        "train.optimizer": "paged_adamw_32bit" if paged else "adamw_8bit" if small else "adamw",
+        "memory.gradient_checkpointing": str(row["grad_checkpointing"]).split()[0] not in ("False", "off"),
     }
     return recipe_for_model("llama-2-7b", [f"{key}={value}" for key, value in changes.items()])
 
 
-def check_row(row: Row) -> Check:
-    """Plan a row. Raises: QLoRAKitError, KeyError, TypeError: the row does not say enough."""
+def check_row(row: Row, tier: str) -> Check:
+    """Plan a row. Raises: QLoRAKitError, KeyError: the row does not say enough."""
+    if not row["seq_len"]:
+        raise KeyError("seq_len")
     shapes = model_shapes(config_of(row), row["id"], planned_only=True)
     stack: Stack = find_stack(stack_of(row))
     recipe = in_stack(recipe_of(row, shapes), stack)
     moment, ledger = stack_peak(shapes, recipe, stack, CUBLAS_BYTES)
     static = total(static_ledger(shapes, recipe, stack, CUBLAS_BYTES))
-    tier = tier_of(row)
-    assert tier is not None
-    return Check(row["id"], tier, total(ledger), row["peak_bytes"], moment, static, row.get("static_alloc_bytes"))
+    published = row["peak_bytes"] or T4_BYTES
+    return Check(row["id"], tier, total(ledger), published, moment, static, row.get("static_alloc_bytes"))
+
+
+def check_bound(row: Row) -> Check | None:
+    """Plan a row that only says "fits" or "does not", of one GPU and a 4-bit base; None: it is no such row."""
+    if row["kind"] != "bound" or row["num_gpus"] != 1 or str(row["quant"]).split()[0] not in ("nf4", "fp4"):
+        return None
+    return check_row(row, "does not fit" if row["note"].startswith("OOM") else "fits")
+
+
+def on_the_right_side(check: Check) -> bool:
+    """Whether the plan of a bound says what was published, with a margin."""
+    return check.error <= BOUND_MARGIN if check.tier == "fits" else check.error >= -BOUND_MARGIN
 
 
 # ------------------------------------------------------------------------------------------------------- the table
@@ -183,11 +212,11 @@ def check_all(rows: Iterable[Row]) -> tuple[list[Check], list[str]]:
     """Every row that can judge: planned, or the reason why not."""
     checks, unanswered = [], []
     for row in rows:
-        if tier_of(row) is None:
+        if (tier := tier_of(row)) is None:
             continue
         try:
-            checks.append(check_row(row))
-        except (QLoRAKitError, KeyError, TypeError) as error:
+            checks.append(check_row(row, tier))
+        except (QLoRAKitError, KeyError) as error:
             unanswered.append(f"{row['id']}: {type(error).__name__}: {error}")
     return checks, unanswered
 
@@ -224,11 +253,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", action="store_true", help="every row, not only those over their limit")
     options = parser.parse_args(arguments)
     with options.points.open(encoding="utf-8") as lines:
-        checks, unanswered = check_all(json.loads(line) for line in lines)
+        rows = [json.loads(line) for line in lines]
+    checks, unanswered = check_all(rows)
+    bounds = [check for row in rows if (check := check_bound(row)) is not None]
     if options.json:
-        json.dump({"checks": [asdict(check) for check in checks], "unanswered": unanswered}, sys.stdout, indent=1)
+        found = {"checks": checks, "bounds": bounds}
+        text = {name: [asdict(check) for check in of_kind] for name, of_kind in found.items()}
+        json.dump(text | {"unanswered": unanswered}, sys.stdout, indent=1)
         return 0
     print("\n".join(table(checks, unanswered)))
+    right = [check for check in bounds if on_the_right_side(check)]
+    print(f"bounds: {len(right)} of {len(bounds)} on the right side")
+    for check in bounds:
+        if check not in right:
+            print(f"{check.id}: {check.tier}, planned {check.planned:,} for {check.published:,}")
     for check in checks:
         if options.rows or check.over_limit:
             static = "" if check.static_error is None else f", static {check.static_error:+.2%}"

@@ -1,6 +1,6 @@
 """One block in another stack: what its forward keeps for backward, and what backward adds at its highest point.
 
-Why: with gradient checkpointing one block's backward is what can outgrow the loss; without it all blocks' shares add up.
+Why: with gradient checkpointing one block's backward is what can outgrow the loss; without it all blocks' add up.
 How: bytes a token, counted tensor by tensor from the source that the row of STACKS names; docs/memory.md derives each.
 transformers' models with peft's adapters are here, litgpt's are in planning/stack_litgpt.
 Imports no torch. Imported by planning/stack_moments and planning/stack_litgpt.
@@ -8,6 +8,7 @@ Imports no torch. Imported by planning/stack_moments and planning/stack_litgpt.
 
 from __future__ import annotations
 
+from qlora_kit.architectures import LinearShape
 from qlora_kit.planning.block import is_masked
 from qlora_kit.planning.quantities import FP32, is_quantized, selections
 from qlora_kit.planning.shapes import ModelShapes
@@ -27,6 +28,11 @@ def is_wide(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> bool:
 def value(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> int:
     """Bytes of a value of the residual stream and of linears that read a normed copy of it."""
     return FP32 if is_wide(shapes, recipe, stack) else HALF
+
+
+def is_parallel(shapes: ModelShapes) -> bool:
+    """Whether attention and MLP read the same input."""
+    return shapes.architecture.layer_norm_copies == 0
 
 
 def _norms(shapes: ModelShapes) -> tuple[int, int]:
@@ -50,7 +56,7 @@ def norm_bytes(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> int:
     if not stack.fused_norms and not is_wide(shapes, recipe, stack):
         return FP32 * (count * shapes.hidden + of_heads)
     first = 1 if shapes.architecture.pre_norm else 0
-    if shapes.architecture.layer_norm_copies == 0:  # attention and MLP read the same input
+    if is_parallel(shapes):
         first = count
     return value(shapes, recipe, stack) * ((count - first) * shapes.hidden + of_heads)
 
@@ -74,40 +80,61 @@ def attention_values(shapes: ModelShapes, repeated: bool) -> int:
 
 
 def attention_bytes(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> int:
-    """What fused attention keeps, bf16, and in fp32 the log-sum-exp of each head."""
+    """What attention keeps: q, k, v and its output, and in fp32 the log-sum-exp of each head, or all scores."""
     repeated = shapes.model_type in stack.repeats_heads
     repeated |= stack.masks and (is_masked(shapes, recipe) or shapes.architecture.eager_attention)
-    return HALF * attention_values(shapes, repeated) + FP32 * shapes.heads
+    scores = recipe.data.seq_len * (FP32 + HALF) if stack.eager else FP32
+    return HALF * attention_values(shapes, repeated) + scores * shapes.heads
+
+
+def _selected(shapes: ModelShapes, recipe: Recipe) -> list[LinearShape]:
+    """The targeted linears of the block that has the widest of them."""
+    return max(selections(shapes, recipe), key=lambda block: sum(linear.in_features for linear in block))
+
+
+def _fused_parts(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> set[str]:
+    """The linears that are one function with their adapters: of attention, and of an MLP that is targeted whole."""
+    row, selected = shapes.architecture, {linear.name for linear in _selected(shapes, recipe)}
+    if not (stack.fused_branches and is_quantized(recipe)):
+        return set()
+    mlp = {*row.mlp_in, row.mlp_out}
+    return {*row.attention_linears} | (mlp if mlp <= selected and len(row.mlp_in) == 2 else set())
 
 
 def branch_bytes(shapes: ModelShapes, recipe: Recipe, stack: Stack, *, of_mlp_out: bool) -> int:
     """What the adapters keep of a block's linears: of `mlp_out`, or of all others.
 
     Of each target a mask and the dropped input in bf16; without dropout an input that is bf16 already is shared. And
-    x A. The fused function keeps no mask and makes x A again, but keeps the input too.
+    x A. Fused functions keep no mask and make x A again, but keep the input of q, k and v, and of gate and up, too.
     """
     row, dropped = shapes.architecture, recipe.adapter.dropout > 0
-    own_copy = dropped or is_wide(shapes, recipe, stack) or not is_quantized(recipe)
-    fused = stack.fused_branches and is_quantized(recipe)
+    fused = _fused_parts(shapes, recipe, stack)
     total, shared = 0, set()
-    selected = max(selections(shapes, recipe), key=lambda block: sum(linear.in_features for linear in block))
-    for linear in selected:
+    for linear in _selected(shapes, recipe):
         if (linear.name == row.mlp_out) != of_mlp_out:
             continue
-        of_attention = linear.name in row.attention_linears
+        in_fused = linear.name in fused
+        own_copy = dropped or (not in_fused and (is_wide(shapes, recipe, stack) or not is_quantized(recipe)))
         if own_copy:
             total += HALF * linear.in_features
-        if (fused or not own_copy) and linear.name != row.attention_out:
-            shared.add((of_attention, linear.in_features))
-        if not (fused and of_attention):
+        kept_once = linear.name != row.attention_out and not (in_fused and linear.name == row.mlp_out)
+        if (in_fused or not own_copy) and kept_once:
+            shared.add((linear.name in row.attention_in, linear.in_features))
+        if not in_fused:
             total += (MASK if dropped else 0) * linear.in_features + HALF * recipe.adapter.rank
     return total + HALF * sum(width for _, width in shared)
+
+
+def _writes_in_place(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> bool:
+    """Whether gate and up are kept, act(gate) is not, and their gradients take their place."""
+    row = shapes.architecture
+    return len(row.mlp_in) == 2 and (stack.fused_swiglu or row.mlp_out in _fused_parts(shapes, recipe, stack))
 
 
 def mlp_bytes(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> int:
     """What an MLP keeps between its linears; of a token's experts each, and their outputs, which are weighted."""
     row, (_, used) = shapes.architecture, shapes.experts
-    kept = row.mlp_saved - (1 if stack.fused_swiglu and len(row.mlp_in) == 2 else 0)
+    kept = row.mlp_saved - (1 if _writes_in_place(shapes, recipe, stack) else 0)
     values = used * kept * shapes.linear(row.mlp_out).in_features + (used * shapes.hidden if used > 1 else 0)
     return value(shapes, recipe, stack) * values
 
@@ -119,7 +146,7 @@ def mlp_backward_bytes(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> int
     """
     row, (experts, used) = shapes.architecture, shapes.experts
     inner = shapes.linear(row.mlp_out).in_features
-    gradients = 1 if stack.fused_swiglu and len(row.mlp_in) == 2 else 2 if row.mlp_saved == 1 else 3
+    gradients = 1 if _writes_in_place(shapes, recipe, stack) else 2 if row.mlp_saved == 1 else 3
     values = gradients * inner + (2 * shapes.hidden if experts > 1 else 0)
     return value(shapes, recipe, stack) * values * used // experts
 
@@ -134,3 +161,14 @@ def block_bytes(shapes: ModelShapes, recipe: Recipe, stack: Stack, *, at_mlp: bo
     total = sum(part(shapes, recipe, stack) for part in parts)
     total += branch_bytes(shapes, recipe, stack, of_mlp_out=False)
     return total + (0 if at_mlp else branch_bytes(shapes, recipe, stack, of_mlp_out=True))
+
+
+def kept_inputs(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> int:
+    """Inputs that 4-bit products of all blocks keep, where they do: of q, k and v, of the projection after attention,
+    of the MLP (the same as of q, k and v in a parallel block) and of its last linear; and of litgpt's 4-bit head."""
+    if not (stack.keeps_inputs and is_quantized(recipe)):
+        return 0
+    row = shapes.architecture
+    hidden = (1 if is_parallel(shapes) else 2) * shapes.hidden
+    widths = hidden + shapes.linear(row.attention_out).in_features + shapes.linear(row.mlp_out).in_features
+    return HALF * (shapes.layers * widths + (shapes.hidden if stack.litgpt else 0))

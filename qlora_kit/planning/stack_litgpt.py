@@ -9,16 +9,11 @@ from __future__ import annotations
 
 from qlora_kit.planning.quantities import FP32, is_quantized, selections
 from qlora_kit.planning.shapes import ModelShapes
-from qlora_kit.planning.stack_block import HALF, MASK, attention_values, attention_widths
+from qlora_kit.planning.stack_block import HALF, MASK, attention_values, attention_widths, is_parallel
 from qlora_kit.planning.stacks import Stack
 from qlora_kit.recipe import Recipe
 
 HEAD_CHUNK = 128  # positions of each sequence whose logits are made, and whose loss is taken, at a time
-
-
-def is_parallel(shapes: ModelShapes) -> bool:
-    """Whether attention and MLP read the same input."""
-    return shapes.architecture.layer_norm_copies == 0
 
 
 def _norms(shapes: ModelShapes) -> int:
@@ -60,17 +55,6 @@ def litgpt_block_bytes(shapes: ModelShapes, recipe: Recipe) -> int:
     row = shapes.architecture
     mlp = HALF * (1 if row.mlp_saved == 1 else 3) * shapes.linear(row.mlp_out).in_features
     return _norms(shapes) + _attention(shapes, recipe) + _branches(shapes, recipe) + mlp
-
-
-def kept_inputs(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> int:
-    """Inputs that 4-bit products of all blocks and of the head keep: of q, k and v, of the projection after attention,
-    of the MLP (the same as of q, k and v in a parallel block) and of its last linear."""
-    if not (stack.keeps_inputs and is_quantized(recipe)):
-        return 0
-    row = shapes.architecture
-    hidden = (1 if is_parallel(shapes) else 2) * shapes.hidden
-    widths = hidden + shapes.linear(row.attention_out).in_features + shapes.linear(row.mlp_out).in_features
-    return HALF * (shapes.layers * widths + shapes.hidden)
 
 
 def litgpt_logits(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> float:

@@ -11,12 +11,13 @@ from math import prod
 
 from qlora_kit.optimizers import OPTIMIZERS
 from qlora_kit.planning import components
+from qlora_kit.planning.block import score_bytes
 from qlora_kit.planning.components import COMPONENTS, Ledger
 from qlora_kit.planning.decide import with_memory
 from qlora_kit.planning.quantities import FP32, is_quantized, recomputed_blocks, tokens
 from qlora_kit.planning.shapes import ModelShapes
-from qlora_kit.planning.stack_block import HALF, block_bytes, is_wide, mlp_backward_bytes, value
-from qlora_kit.planning.stack_litgpt import kept_inputs, litgpt_block_bytes, litgpt_head, litgpt_logits
+from qlora_kit.planning.stack_block import HALF, block_bytes, is_wide, kept_inputs, mlp_backward_bytes, value
+from qlora_kit.planning.stack_litgpt import litgpt_block_bytes, litgpt_head, litgpt_logits
 from qlora_kit.planning.stacks import Stack
 from qlora_kit.recipe import Recipe
 
@@ -32,7 +33,7 @@ def in_stack(recipe: Recipe, stack: Stack) -> Recipe:
     return with_memory(
         recipe,
         placement="device",
-        resident_blocks="auto",
+        resident_blocks=0,
         host_blocks=0,
         embeddings="device",
         gradient_checkpointing=(True if wanted == "auto" else wanted) if stack.recomputes else False,
@@ -56,7 +57,7 @@ def _head_parameters(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> tuple
 
 
 def _unquantized(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> int:
-    """Embedding, head, norms and biases, in bf16 but for what `upcasts` names; the linears where nothing is quantized."""
+    """Embedding, head, norms and biases, bf16 but for what `upcasts` names; the linears where nothing is quantized."""
     quantized_head, own_head = _head_parameters(shapes, recipe, stack)
     removed = quantized_head if quantized_head and not shapes.tied else 0
     others = shapes.other_parameters + own_head - removed
@@ -137,6 +138,7 @@ def _inputs(shapes: ModelShapes, recipe: Recipe, stack: Stack, blocks: int) -> i
     """Bytes a token of so many blocks' inputs; the first comes from the embedding, which may be bf16 still."""
     if blocks == 0:
         return 0
+    blocks = 1 if stack.offloads_inputs else blocks
     one = shapes.hidden * value(shapes, recipe, stack)
     first = HALF * shapes.hidden if stack.upcasts != "all" else one
     return first + (blocks - 1) * one
@@ -147,7 +149,7 @@ def _kept(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> int:
     keep these. gpt_bigcode leaves `use_cache` on, and keys and values are views of all that `c_attn` puts out."""
     recomputed, layers = recomputed_blocks(shapes, recipe), shapes.layers
     norms_read = stack.fused_norms or is_wide(shapes, recipe, stack)
-    total = _inputs(shapes, recipe, stack, layers if norms_read else recomputed)
+    total = _inputs(shapes, recipe, stack, layers if norms_read else recomputed) + kept_inputs(shapes, recipe, stack)
     total += (layers - recomputed) * block_bytes(shapes, recipe, stack)
     if shapes.model_type == "gpt_bigcode" and recomputed:
         total += recomputed * shapes.linear("attn.c_attn").out_features * value(shapes, recipe, stack)
@@ -174,10 +176,12 @@ def _transformers(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> Added:
     if recomputed_blocks(shapes, recipe):
         there += block_bytes(shapes, recipe, stack, at_mlp=True) + (one if stack.keeps_output else 0)
     largest = HALF * components.largest_linear(shapes) if is_quantized(recipe) else 0
-    one_product = in_mlp // (1 if stack.fused_swiglu else 3)
+    experts, used = shapes.experts
+    width = shapes.linear(shapes.architecture.mlp_out).in_features * used // experts
+    one_product = value(shapes, recipe, stack) * width
     return moments | {
-        "block backward": (count * (there + gradient + in_mlp) + _scores(shapes, recipe), 0, 0),
-        "block product": (count * (there + gradient + one_product) + _scores(shapes, recipe), 0, largest),
+        "block backward": (count * (there + gradient + in_mlp) + _scores(shapes, recipe, stack), 0, 0),
+        "block product": (count * (there + gradient + one_product) + _scores(shapes, recipe, stack), 0, largest),
     }
 
 
@@ -186,11 +190,9 @@ def _normed_to_fp32(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> bool:
     return is_wide(shapes, recipe, stack) or (stack.autocasts and shapes.architecture.layer_norm_copies is not None)
 
 
-def _scores(shapes: ModelShapes, recipe: Recipe) -> int:
-    """Scores of one block where attention is not fused (Gemma 2): capped, softmax in fp32, and that in bf16."""
-    if not shapes.architecture.eager_attention:
-        return 0
-    return tokens(recipe) * recipe.data.seq_len * shapes.heads * (2 * HALF + FP32)
+def _scores(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> int:
+    """What attention keeps of one block that grows with seq_len squared: a mask, or scores where it is not fused."""
+    return score_bytes(shapes, recipe) if stack.masks or shapes.architecture.eager_attention else 0
 
 
 def _head_chunk(shapes: ModelShapes, count: int) -> int:
