@@ -345,18 +345,6 @@ def _phi_linears(config: Config) -> list[LinearShape]:
     ]
 
 
-def _falcon_linears(config: Config) -> list[LinearShape]:
-    """Falcon 7B: one head of keys and values."""
-    hidden = hidden_size(config)
-    inner, key = dimension(config, "ffn_hidden_size", default=4 * hidden), hidden // head_count(config)
-    return [
-        LinearShape("self_attention.query_key_value", hidden + 2 * key, hidden),
-        LinearShape("self_attention.dense", hidden, hidden),
-        LinearShape("mlp.dense_h_to_4h", inner, hidden),
-        LinearShape("mlp.dense_4h_to_h", hidden, inner),
-    ]
-
-
 def _rms_norms(*names: str) -> Callable[[Config], list[TensorShape]]:
     """Norms over the hidden width with a weight only."""
     return lambda config: [(f"{name}.weight", (hidden_size(config),)) for name in names]
@@ -521,19 +509,5 @@ PLANNED_ONLY: dict[str, Architecture] = {
         mlp_out="mlp.fc2",
         mlp_saved=1,
         layer_norm_copies=0,
-    ),
-    "falcon": Architecture(
-        blocks="transformer.h",
-        embedding="transformer.word_embeddings",
-        linears=_falcon_linears,
-        block_tensors=_layer_norms("input_layernorm"),
-        outer_tensors=_layer_norms("transformer.ln_f"),
-        attention_in=("self_attention.query_key_value",),
-        attention_out="self_attention.dense",
-        mlp_in=("mlp.dense_h_to_4h",),
-        mlp_out="mlp.dense_4h_to_h",
-        mlp_saved=1,
-        layer_norm_copies=0,
-        tied_by_default=True,
     ),
 }

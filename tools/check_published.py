@@ -39,21 +39,14 @@ MODEL_TYPES = (
     ("bigcode", "gpt_bigcode"),
     ("mixtral", "mixtral"),
     ("phi-1|phi-2", "phi"),
-    ("phi-?3", "phi3"),
-    ("falcon", "falcon"),
-    ("pythia|stablelm-base", "gpt_neox"),
+    ("phi-?[34]", "phi3"),
     ("gemma-?2-", "gemma2"),
     ("gemma", "gemma"),
     ("qwen3", "qwen3"),
     ("qwen2", "qwen2"),
     ("mistral|devstral|magistral", "mistral"),
 )
-# What a row calls a linear -> what its architecture does. litgpt trains q and v inside its fused projection.
-FUSED = {
-    "phi3": {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj", "o_proj": "o_proj", "down_proj": "down_proj"},
-    "falcon": {"q_proj": "query_key_value", "o_proj": "dense"},
-    "gpt_neox": {"q_proj": "query_key_value", "o_proj": "dense"},
-}
+PHI3_NAMES = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}  # what a row calls a linear -> what Phi-3 does
 
 
 @dataclass(frozen=True)
@@ -98,9 +91,14 @@ def tier_of(row: Row) -> str | None:
 
 
 def model_type_of(row: Row) -> str:
-    """transformers' name of the row's architecture; a gated MLP that no name tells apart is Llama's."""
+    """transformers' name of the row's architecture; a gated MLP that no name tells apart is Llama's.
+
+    litgpt has one model for all of them, in which q, k and v have branches of their own, and so have gate and up.
+    """
     if row["arch"].get("experts"):
         return "mixtral"
+    if row["id"].startswith("litgpt") and row["arch"]["mlp"] in ("swiglu", "gelu2"):
+        return "llama" if row["arch"]["mlp"] == "swiglu" else "phi"
     named = next((kind for pattern, kind in MODEL_TYPES if re.search(pattern, row["model"].lower())), None)
     return named or ("gpt_neox" if row["arch"]["mlp"] == "gelu2" else "llama")
 
@@ -115,7 +113,6 @@ def config_of(row: Row) -> dict[str, Any]:
         "num_attention_heads": arch["heads"],
         "num_key_value_heads": arch["kv_heads"],
         "intermediate_size": arch["intermediate"],
-        "ffn_hidden_size": arch["intermediate"],
         "n_inner": arch["intermediate"],
         "head_dim": arch["head_dim"],
         "vocab_size": arch["vocab"],
@@ -157,7 +154,7 @@ def recipe_of(row: Row, shapes: ModelShapes) -> Recipe:
     """The row's setting. A head that is trained too is not in the recipe: its adapter is a few MB."""
     quant = str(row["quant"]).split()[0]
     present = {linear.name.rpartition(".")[2] for linear in shapes.linears}
-    names = FUSED.get(shapes.model_type, {})
+    names = PHI3_NAMES if shapes.model_type == "phi3" else {}
     wanted = row["targets"] or ["q_proj", "v_proj"]
     targets = [name for name in (names.get(target, target) for target in wanted) if name in present]
     if len(wanted) >= 7:

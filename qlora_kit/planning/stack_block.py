@@ -165,10 +165,11 @@ def block_bytes(shapes: ModelShapes, recipe: Recipe, stack: Stack, *, at_mlp: bo
 
 def kept_inputs(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> int:
     """Inputs that 4-bit products of all blocks keep, where they do: of q, k and v, of the projection after attention,
-    of the MLP (the same as of q, k and v in a parallel block) and of its last linear; and of litgpt's 4-bit head."""
+    of the MLP (the same as of q, k and v where there is one norm) and of its last linear; and of litgpt's 4-bit head.
+    """
     if not (stack.keeps_inputs and is_quantized(recipe)):
         return 0
     row = shapes.architecture
-    hidden = (1 if is_parallel(shapes) else 2) * shapes.hidden
+    hidden = min(_norms(shapes)[0], 2) * shapes.hidden
     widths = hidden + shapes.linear(row.attention_out).in_features + shapes.linear(row.mlp_out).in_features
     return HALF * (shapes.layers * widths + (shapes.hidden if stack.litgpt else 0))

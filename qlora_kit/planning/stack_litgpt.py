@@ -29,9 +29,8 @@ def _attention(shapes: ModelShapes, recipe: Recipe) -> int:
     row = shapes.architecture
     query, key, produced = attention_widths(shapes, False)
     repeated = key < query
-    if row.eager_attention:  # capped scores in fp32 (twice), softmax in fp32, and as bf16
-        scores = recipe.data.seq_len * shapes.heads * (3 * FP32 + HALF)
-        return HALF * 4 * query + scores
+    if row.eager_attention:  # the scores' tanh, their softmax in fp32, and that in bf16; the output is not kept
+        return HALF * 3 * query + recipe.data.seq_len * shapes.heads * (HALF + FP32 + HALF)
     values = attention_values(shapes, True) if repeated else 2 * query + key + produced
     return HALF * values + FP32 * shapes.heads
 
