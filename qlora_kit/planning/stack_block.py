@@ -108,13 +108,14 @@ def branch_bytes(shapes: ModelShapes, recipe: Recipe, stack: Stack, *, of_mlp_ou
     x A. Fused functions keep no mask and make x A again, but keep the input of q, k and v, and of gate and up, too.
     """
     row, dropped = shapes.architecture, recipe.adapter.dropout > 0
-    fused = _fused_parts(shapes, recipe, stack)
+    fused, wide = _fused_parts(shapes, recipe, stack), is_wide(shapes, recipe, stack)
     total, shared = 0, set()
     for linear in _selected(shapes, recipe):
         if (linear.name == row.mlp_out) != of_mlp_out:
             continue
         in_fused = linear.name in fused
-        own_copy = dropped or (not in_fused and (is_wide(shapes, recipe, stack) or not is_quantized(recipe)))
+        cast = (wide and linear.name != row.attention_out) or (stack.autocasts and not is_quantized(recipe))
+        own_copy = dropped or (cast and not in_fused)
         if own_copy:
             total += HALF * linear.in_features
         kept_once = linear.name != row.attention_out and not (in_fused and linear.name == row.mlp_out)

@@ -28,15 +28,15 @@ CUBLAS_BYTES = 2 * (2 * 4096 + 8 * 16) * 1024
 
 
 def in_stack(recipe: Recipe, stack: Stack) -> Recipe:
-    """The recipe as another stack can run it: all on the device, logits of all tokens, blocks recomputed or not."""
-    wanted = recipe.memory.gradient_checkpointing
+    """The recipe as another stack can run it: all on the device, all logits, all blocks recomputed or none."""
+    recomputes = stack.recomputes and recipe.memory.gradient_checkpointing not in (False, 0)
     return with_memory(
         recipe,
         placement="device",
         resident_blocks=0,
         host_blocks=0,
         embeddings="device",
-        gradient_checkpointing=(True if wanted == "auto" else wanted) if stack.recomputes else False,
+        gradient_checkpointing=recomputes,
         activation_offload=False,
         keep_dequantized=False,
         mlp_tile_tokens="full",
@@ -134,54 +134,60 @@ def stack_moments(shapes: ModelShapes, recipe: Recipe, stack: Stack, runtime_byt
 Added = dict[str, tuple[int, int, int]]  # a moment's activations, logits, and dequantized weights
 
 
-def _inputs(shapes: ModelShapes, recipe: Recipe, stack: Stack, blocks: int) -> int:
-    """Bytes a token of so many blocks' inputs; the first comes from the embedding, which may be bf16 still."""
-    if blocks == 0:
-        return 0
-    blocks = 1 if stack.offloads_inputs else blocks
+def _inputs(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> int:
+    """Bytes a token of all blocks' inputs; the first comes from the embedding, which may be bf16 still."""
     one = shapes.hidden * value(shapes, recipe, stack)
-    first = HALF * shapes.hidden if stack.upcasts != "all" else one
-    return first + (blocks - 1) * one
+    first = one if stack.upcasts == "all" else HALF * shapes.hidden
+    return first + (0 if stack.offloads_inputs else (shapes.layers - 1) * one)
 
 
 def _kept(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> int:
-    """Bytes a token that forward leaves: inputs of recomputed blocks; all of the others, with their inputs where norms
-    keep these. gpt_bigcode leaves `use_cache` on, and keys and values are views of all that `c_attn` puts out."""
-    recomputed, layers = recomputed_blocks(shapes, recipe), shapes.layers
-    norms_read = stack.fused_norms or is_wide(shapes, recipe, stack)
-    total = _inputs(shapes, recipe, stack, layers if norms_read else recomputed) + kept_inputs(shapes, recipe, stack)
-    total += (layers - recomputed) * block_bytes(shapes, recipe, stack)
-    if shapes.model_type == "gpt_bigcode" and recomputed:
-        total += recomputed * shapes.linear("attn.c_attn").out_features * value(shapes, recipe, stack)
-    return total
+    """Bytes a token that forward leaves: the inputs of blocks if they are recomputed; otherwise all that they keep, and
+    their inputs where norms keep these. gpt_bigcode leaves `use_cache` on, and keys and values are views of all that
+    `c_attn` puts out.
+    """
+    total = kept_inputs(shapes, recipe, stack)
+    if not recomputed_blocks(shapes, recipe):
+        norms_read = stack.fused_norms or is_wide(shapes, recipe, stack)
+        total += _inputs(shapes, recipe, stack) if norms_read else 0
+        return total + shapes.layers * block_bytes(shapes, recipe, stack)
+    if shapes.model_type == "gpt_bigcode":
+        total += shapes.layers * shapes.linear("attn.c_attn").out_features * value(shapes, recipe, stack)
+    return total + _inputs(shapes, recipe, stack)
+
+
+def _around_loss(shapes: ModelShapes, recipe: Recipe, stack: Stack, kept: int) -> Added:
+    """The loss and its backward. Capped logits leave their tanh, in bf16, where no kernel makes it again."""
+    count, one = tokens(recipe), shapes.hidden * value(shapes, recipe, stack)
+    final_norm = one if stack.fused_norms else FP32 * shapes.hidden
+    output = FP32 * shapes.hidden if _normed_to_fp32(shapes, recipe, stack) else one
+    if stack.fused_head is not None:
+        logits = stack.fused_head * _head_chunk(shapes, count) * shapes.vocabulary
+        return {"loss": (count * (kept + final_norm + 2 * output), logits, 0)}
+    capped = HALF if shapes.softcap and not stack.fused_branches else 0
+    forward = stack.bigcode_loss if shapes.model_type == "gpt_bigcode" else stack.loss_forward
+    logits = count * shapes.vocabulary
+    return {
+        "loss": (count * (kept + final_norm + output), (forward + capped) * logits, 0),
+        "loss backward": (count * (kept + final_norm), (stack.loss_backward + capped) * logits, 0),
+    }
 
 
 def _transformers(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> Added:
-    """loss and its backward; the backward of the last block, recomputed or kept; with FlashAttention or sdpa."""
-    count, one = tokens(recipe), shapes.hidden * value(shapes, recipe, stack)
-    kept, in_mlp = _kept(shapes, recipe, stack), mlp_backward_bytes(shapes, recipe, stack)
-    around_head = one if stack.fused_norms else FP32 * shapes.hidden
-    output = FP32 * shapes.hidden if _normed_to_fp32(shapes, recipe, stack) else one
-    logits = count * shapes.vocabulary
-    if stack.fused_head is not None:
-        logits = stack.fused_head * _head_chunk(shapes, count) * shapes.vocabulary
-        moments = {"loss": (count * (kept + around_head + 2 * output), logits, 0)}
-    else:
-        forward = stack.bigcode_loss if shapes.model_type == "gpt_bigcode" else stack.loss_forward
-        moments = {
-            "loss": (count * (kept + around_head + output), forward * logits, 0),
-            "loss backward": (count * (kept + around_head), stack.loss_backward * logits, 0),
-        }
-    there, gradient = kept, one
+    """The loss; the backward of the last block, and where sequences are short the first product of that backward."""
+    count, one = tokens(recipe), value(shapes, recipe, stack)
+    kept = _kept(shapes, recipe, stack)
+    there = kept + one * shapes.hidden  # the gradient of the block's output
     if recomputed_blocks(shapes, recipe):
-        there += block_bytes(shapes, recipe, stack, at_mlp=True) + (one if stack.keeps_output else 0)
-    largest = HALF * components.largest_linear(shapes) if is_quantized(recipe) else 0
+        output = one * shapes.hidden if stack.keeps_output else 0
+        there += block_bytes(shapes, recipe, stack, at_mlp=True) + output
     experts, used = shapes.experts
-    width = shapes.linear(shapes.architecture.mlp_out).in_features * used // experts
-    one_product = value(shapes, recipe, stack) * width
-    return moments | {
-        "block backward": (count * (there + gradient + in_mlp) + _scores(shapes, recipe, stack), 0, 0),
-        "block product": (count * (there + gradient + one_product) + _scores(shapes, recipe, stack), 0, largest),
+    product = one * shapes.linear(shapes.architecture.mlp_out).in_features * used // experts
+    weight = HALF * components.largest_linear(shapes) if is_quantized(recipe) else 0
+    scores = _scores(shapes, recipe, stack)
+    return _around_loss(shapes, recipe, stack, kept) | {
+        "block backward": (count * (there + mlp_backward_bytes(shapes, recipe, stack)) + scores, 0, 0),
+        "block product": (count * (there + product) + scores, 0, weight),
     }
 
 
