@@ -495,7 +495,7 @@ PLANNED_ONLY: dict[str, Architecture] = {
         experts=_mixtral_experts,
     ),
     "gpt_bigcode": replace(_GPT2, linears=_gpt_bigcode_linears, mlp_saved=1, transposed=False),
-    "gemma": replace(_LLAMA, linears=_separate_linears(_Heads(head_dim_default=256)), tied_by_default=True),
+    "gemma": replace(_LLAMA, linears=_separate_linears(_Heads(16, 256)), tied_by_default=True),
     "phi": replace(
         _LLAMA,
         linears=_phi_linears,

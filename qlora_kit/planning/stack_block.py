@@ -108,22 +108,27 @@ def branch_bytes(shapes: ModelShapes, recipe: Recipe, stack: Stack, *, of_mlp_ou
     x A. Fused functions keep no mask and make x A again, but keep the input of q, k and v, and of gate and up, too.
     """
     row, dropped = shapes.architecture, recipe.adapter.dropout > 0
-    fused, wide = _fused_parts(shapes, recipe, stack), is_wide(shapes, recipe, stack)
-    total, shared = 0, set()
+    fused = _fused_parts(shapes, recipe, stack)
+    cast = is_wide(shapes, recipe, stack) or (stack.autocasts and not is_quantized(recipe))
+    total, shared = 0, {}
     for linear in _selected(shapes, recipe):
         if (linear.name == row.mlp_out) != of_mlp_out:
             continue
         in_fused = linear.name in fused
-        cast = (wide and linear.name != row.attention_out) or (stack.autocasts and not is_quantized(recipe))
         own_copy = dropped or (cast and not in_fused)
         if own_copy:
             total += HALF * linear.in_features
-        kept_once = linear.name != row.attention_out and not (in_fused and linear.name == row.mlp_out)
-        if (in_fused or not own_copy) and kept_once:
-            shared.add((linear.name in row.attention_in, linear.in_features))
+        if not own_copy or (in_fused and linear.name not in (row.attention_out, row.mlp_out)):
+            shared[_input_of(shapes, linear)] = HALF * linear.in_features
         if not in_fused:
             total += (MASK if dropped else 0) * linear.in_features + HALF * recipe.adapter.rank
-    return total + HALF * sum(width for _, width in shared)
+    return total + sum(shared.values())
+
+
+def _input_of(shapes: ModelShapes, linear: LinearShape) -> str:
+    """What a linear reads; linears that read the same keep it once."""
+    row = shapes.architecture
+    return "attention" if linear.name in row.attention_in else "mlp" if linear.name in row.mlp_in else linear.name
 
 
 def _writes_in_place(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> bool:

@@ -9,7 +9,7 @@ published figures name. No constant is fitted to a figure. Imports no torch. Imp
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ _TF445 = replace(
 # fms-acceleration-foak: triton cross entropy writes the gradient into the shifted fp32 copy (4), the logits beside it
 # (4, and 2 more of bf16 in transformers 4.48); the slice's backward needs a second fp32 tensor (4). gpt_bigcode's
 # logits are bf16, shifted (2 + 2), and accelerate turns the output into fp32 (4).
-_FOAK = {"fused_norms": True, "fused_branches": True, "loss_backward": 8, "bigcode_loss": 8}
+_FOAK: dict[str, Any] = {"fused_norms": True, "fused_branches": True, "loss_backward": 8, "bigcode_loss": 8}
 
 _UNSLOTH = Stack("unsloth 2024.8, accelerate", **(_FOAK | {"loss_backward": 6}), loss_forward=6, offloads_inputs=True)
 # Mid 2023, when 4-bit training was new: no fused attention yet, and k-bit preparation makes all fp32.
