@@ -148,9 +148,7 @@ def plan(
 
     if stack not in STACKS:
         raise RecipeError(f"--stack: one of {', '.join(STACKS)}, found {stack!r}{nearest(stack, list(STACKS))}")
-    if stack != "kit":
-        not_built(f"plan --stack {stack}")
-    made = plan_recipe(recipe_or_model(target, overrides or []), budget, gpu)
+    made = plan_recipe(recipe_or_model(target, overrides or []), budget, gpu, stack)
     if as_json:
         _print_json(made.to_json())
     else:

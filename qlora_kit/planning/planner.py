@@ -40,6 +40,8 @@ class Plan:
             and how many of these in host memory (the rest on disk).
         settings: the recipe as it would run, every `auto` decided.
         suggestions: lines to follow when it does not fit, each with the figure it was planned to.
+        stack: whose training this is: "kit", or a name of STACKS.
+        kit_peak_bytes: of another stack's plan: what this kit needs at its peak; None: it cannot train this model.
     """
 
     device: Device
@@ -53,6 +55,8 @@ class Plan:
     host_blocks: int
     settings: dict[str, Any]
     suggestions: tuple[str, ...] = ()
+    stack: str = "kit"
+    kit_peak_bytes: int | None = None
 
     @property
     def budget_bytes(self) -> int:
@@ -90,7 +94,11 @@ class Plan:
         return with_memory(recipe, **{key: self.settings["memory"][key] for key in DECIDED})
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `plan --json` prints and a run keeps as plan.json; schema 1 of the contract."""
+        """The object that `plan --json` prints and a run keeps as plan.json; schema 1 of the contract.
+
+        Of another stack it also has "stack" and "kit_peak_bytes".
+        """
+        elsewhere = {} if self.stack == "kit" else {"stack": self.stack, "kit_peak_bytes": self.kit_peak_bytes}
         return {
             "schema": 1,
             "fits": self.fits,
@@ -106,6 +114,7 @@ class Plan:
             "streamed_blocks": self.streamed_blocks,
             "settings": self.settings,
             "suggestions": list(self.suggestions),
+            **elsewhere,
         }
 
 
