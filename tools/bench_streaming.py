@@ -13,7 +13,7 @@ together   8 micro-batches of 256 tokens, blocks on disk: all pass a block befor
 depth      peak memory against the number of blocks, block inputs on disk, beside the plan's components: flat, but for
            what the adapter takes (its column)
 length     peak memory against the sequence length, beside the plan's: the same slope
-Memory is that of a fresh process each, above its interpreter and libraries.
+Memory is that of a fresh process each, above its libraries, with a budget of a tenth more than its plan.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tools.random_base import random_base
 
 Values = dict[str, Any]
 STREAMED = PLACEMENTS["disk"]
+ROOM = 1.1  # of a plan's peak, as the budget whose peak is measured: little enough for freed memory to be given back
 TRAINED = ("adapter", "gradients", "optimizer")  # what grows with depth though blocks are streamed
 
 
@@ -157,7 +158,10 @@ def peaks(options: argparse.Namespace, folder: Path, cases: dict[int, tuple[int 
     for case, (layers, values) in cases.items():
         model = random_base(options.shape, options.dir, layers=layers)
         (folder / str(case)).mkdir()
-        path, _, plan = write_recipe(folder / str(case), model, values | {"adapter.rank": options.rank}, options.set)
+        values = values | {"adapter.rank": options.rank}
+        _, _, plan = write_recipe(folder / str(case), model, values, options.set)
+        tight = values | {"memory.budget": int(ROOM * plan.peak_bytes)}
+        path, _, plan = write_recipe(folder / str(case), model, tight, options.set)
         with kit_worker(path, steps=options.steps, threads=options.threads) as worker:
             libraries = worker.loaded["libraries_bytes"]
             peak = max(worker.ask()["peak_bytes"] for _ in range(options.steps))
