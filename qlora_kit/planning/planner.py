@@ -2,7 +2,8 @@
 
 Why: a run that cannot fit is refused before torch is imported, in well under a second.
 How: config -> shapes -> what `auto` comes to (decide) -> what each phase takes (phases) -> peak against the device's
-memory (hardware). When it does not fit, changes are tried, each by planning again (suggest).
+memory (hardware); and how long a step takes (timing). When it does not fit, changes are tried, each by planning again
+(suggest); when it does, how far it could go (room).
 Imports no torch. Imported by the command line.
 """
 
@@ -17,9 +18,11 @@ from qlora_kit.planning.components import Ledger
 from qlora_kit.planning.decide import decided, with_memory
 from qlora_kit.planning.hardware import Device, device_for
 from qlora_kit.planning.phases import Phase, peak_bytes, peak_moment, phases
-from qlora_kit.planning.quantities import host_blocks, resident_blocks
+from qlora_kit.planning.quantities import host_blocks, resident_blocks, tokens
+from qlora_kit.planning.room import Room, room
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
-from qlora_kit.planning.suggest import Change, changed, suggestions
+from qlora_kit.planning.suggest import Change, Cost, changed, suggestions
+from qlora_kit.planning.timing import Estimate, estimate
 from qlora_kit.recipe import Memory, Recipe
 
 # Keys that a plan gives to the run: those that change no bit of its result.
@@ -39,7 +42,9 @@ class Plan:
         resident_blocks, streamed_blocks, host_blocks: how many blocks' weights live on the device, how many elsewhere,
             and how many of these in host memory (the rest on disk).
         settings: the recipe as it would run, every `auto` decided.
-        suggestions: lines to follow when it does not fit, each with the figure it was planned to.
+        estimated: the time of a step, where the device's rates are known.
+        suggestions: lines to follow when it does not fit, each with what it saves and what time it costs.
+        room: how far seq_len or micro_batch could go, when it fits; `make_plan` looks for it.
     """
 
     device: Device
@@ -52,7 +57,9 @@ class Plan:
     streamed_blocks: int
     host_blocks: int
     settings: dict[str, Any]
+    estimated: Estimate | None = None
     suggestions: tuple[str, ...] = ()
+    room: Room | None = None
 
     @property
     def budget_bytes(self) -> int:
@@ -106,6 +113,8 @@ class Plan:
             "streamed_blocks": self.streamed_blocks,
             "settings": self.settings,
             "suggestions": list(self.suggestions),
+            "estimated": self.estimated and self.estimated.to_json(),
+            "room": self.room and dict(vars(self.room)),
         }
 
 
@@ -121,7 +130,11 @@ def make_plan(recipe: Recipe, *, budget_bytes: int | None = None, gpu: str | Non
     if budget_bytes is None and recipe.memory.budget != "auto":
         budget_bytes = recipe.memory.budget
     shapes = model_shapes(*read_config(recipe.model.path, recipe.model.revision))
-    return plan_shapes(shapes, recipe, device_for(recipe.train.device, gpu, budget_bytes))
+    device = device_for(recipe.train.device, gpu, budget_bytes)
+    plan = plan_shapes(shapes, recipe, device)
+    if not plan.fits:
+        return plan
+    return replace(plan, room=room(shapes, recipe.memory, plan.placed(recipe), device))
 
 
 def plan_shapes(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
@@ -130,10 +143,13 @@ def plan_shapes(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
     if plan.fits:
         return plan
 
-    def needed(changed_recipe: Recipe) -> int:
-        return peak_bytes(shapes, decided(shapes, changed_recipe, device), device)
+    def cost(changed_recipe: Recipe) -> Cost:
+        run = decided(shapes, changed_recipe, device)
+        time = estimate(shapes, run, device)
+        tokens_of_a_step = tokens(run) * run.train.grad_accumulation
+        return Cost(peak_bytes(shapes, run, device), time and time.step_s / tokens_of_a_step)
 
-    return replace(plan, suggestions=tuple(suggestions(recipe, device, needed)))
+    return replace(plan, suggestions=tuple(suggestions(recipe, device, cost)))
 
 
 def _plan(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
@@ -151,6 +167,7 @@ def _plan(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
         streamed_blocks=shapes.layers - resident,
         host_blocks=host_blocks(shapes, recipe),
         settings=_settings(recipe, device),
+        estimated=estimate(shapes, recipe, device),
     )
 
 

@@ -9,24 +9,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qlora_kit.planning.planner import Plan
-from qlora_kit.units import format_bytes
+from qlora_kit.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-BAR_CELLS = 28
+BAR_CELLS = 24
 MEANINGS = {
-    "base_nf4": "4-bit weights of the blocks",
+    "base_nf4": "4-bit block weights",
     "quant_constants": "their scales",
-    "base_unquantized": "embeddings, head, norms, biases",
+    "base_unquantized": "head, embedding, norms",
     "adapter": "LoRA A and B",
     "gradients": "of A and B",
-    "optimizer": "moments (and masters) of A and B",
-    "activations": "kept for backward, a block's own",
-    "logits": "one chunk of the loss",
-    "workspace": "dequantized and incoming weights",
-    "runtime": "CUDA context, allocator (estimated)",
+    "optimizer": "moments, masters",
+    "activations": "kept for backward",
+    "logits": "one tile of the loss",
+    "workspace": "weights in passing",
+    "runtime": "CUDA context (est.)",
 }
 MOMENTS = {
     "loss": "the loss",
@@ -88,6 +88,26 @@ def passage_line(plan: Plan) -> str:
     return "; ".join(parts)
 
 
+def time_line(plan: Plan) -> str | None:
+    """How long a step and the run will take, and what decides it; None where the device's rates are not known."""
+    time = plan.estimated
+    if time is None:
+        return None
+    run = "" if time.run_s is None else f", {format_seconds(time.run_s)} the run"
+    train, tokens = plan.settings["train"], plan.settings["data"]["seq_len"]
+    tokens *= train["micro_batch"] * train["grad_accumulation"]
+    bound = "bound by transfers" if time.bound_by == "transfer" else "bound by compute"
+    return f"time: about {format_seconds(time.step_s)} a step of {tokens:,} tokens{run} (estimated, {bound})"
+
+
+def room_line(plan: Plan) -> str | None:
+    """How far it could go; None when it does not fit."""
+    if plan.room is None:
+        return None
+    length, rows = plan.room.seq_len, plan.room.micro_batch
+    return f"room: up to data.seq_len={length} or train.micro_batch={rows} would fit"
+
+
 def _component_table(plan: Plan) -> Table:
     from rich.table import Table
     from rich.text import Text
@@ -96,10 +116,10 @@ def _component_table(plan: Plan) -> Table:
     whole = max(total, plan.budget_bytes)
     title = Text(f"training peak, at {MOMENTS[plan.peak_moment]}, on {plan.device.name}", style="italic")
     table = Table(title=title, title_justify="left", box=None)
-    table.add_column("component")
+    table.add_column("component", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)
     table.add_column("", width=BAR_CELLS, no_wrap=True)
-    table.add_column("what", style="dim")
+    table.add_column("what", style="dim", no_wrap=True)
     for name, count in plan.components.items():
         if count:
             table.add_row(name, format_bytes(count), bar(count, whole), MEANINGS[name])
@@ -122,8 +142,8 @@ def _phase_table(plan: Plan) -> Table:
     return table
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """Print components, phases, trained parameters, verdict and next step."""
+def print_plan(plan: Plan, console: Console, next_step: str = "qlora-kit train with this recipe") -> None:
+    """Print components, phases, trained parameters, time, room, verdict and next step."""
     from rich.text import Text
 
     settings = plan.settings
@@ -131,11 +151,13 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(Text(f"{settings['model']['path']}, {settings['model']['quantization']}, {shape}", style="bold"))
     console.print(_component_table(plan))
     console.print(_phase_table(plan))
-    console.print(Text(parameters_line(plan)))
-    console.print(Text(placement_line(plan)))
-    console.print(Text(passage_line(plan)))
+    lines = [parameters_line(plan), placement_line(plan), passage_line(plan)]
+    if plan.fits:
+        lines += filter(None, (time_line(plan), room_line(plan)))
+    for line in lines:
+        console.print(Text(line))
     console.print(Text(verdict(plan), style="bold green" if plan.fits else "bold red"))
     for suggestion in plan.suggestions:
         console.print(Text(f"  {'fits with: ' if suggestion.startswith('--set') else ''}{suggestion}"), soft_wrap=True)
     if plan.fits:
-        console.print(Text("next: qlora-kit train with this recipe"))
+        console.print(Text(f"next: {next_step}"), soft_wrap=True)
