@@ -17,6 +17,7 @@ from qlora_kit.planning import components
 from qlora_kit.planning.components import Ledger
 from qlora_kit.planning.decide import decided, with_memory
 from qlora_kit.planning.hardware import Device, device_for
+from qlora_kit.planning.moments import training_moments
 from qlora_kit.planning.phases import Phase, peak_bytes, peak_moment, phases
 from qlora_kit.planning.quantities import host_blocks, resident_blocks, tokens
 from qlora_kit.planning.room import Room, room
@@ -36,7 +37,8 @@ class Plan:
     Attributes:
         device: what was planned for; its memory is the budget.
         components: bytes of each component at the training peak, on the device; they add up to the training phase.
-        peak_moment: which moment of a training step that is, one of `moments.training_moments`.
+        peak_moment: which moment of a training step that is.
+        moments: the ledger at each moment of a step that can be its peak (`moments.training_moments`).
         phases: load, train, eval, save, merge.
         trainable_parameters, base_parameters: of the adapter, of the base (a tied head counted once).
         resident_blocks, streamed_blocks, host_blocks: how many blocks' weights live on the device, how many elsewhere,
@@ -50,6 +52,7 @@ class Plan:
     device: Device
     components: Ledger
     peak_moment: str
+    moments: dict[str, Ledger]
     phases: dict[str, Phase]
     trainable_parameters: int
     base_parameters: int
@@ -129,12 +132,17 @@ def make_plan(recipe: Recipe, *, budget_bytes: int | None = None, gpu: str | Non
     """
     if budget_bytes is None and recipe.memory.budget != "auto":
         budget_bytes = recipe.memory.budget
-    shapes = model_shapes(*read_config(recipe.model.path, recipe.model.revision))
+    shapes = read_shapes(recipe)
     device = device_for(recipe.train.device, gpu, budget_bytes)
     plan = plan_shapes(shapes, recipe, device)
     if not plan.fits:
         return plan
     return replace(plan, room=room(shapes, recipe.memory, plan.placed(recipe), device))
+
+
+def read_shapes(recipe: Recipe) -> ModelShapes:
+    """The shapes of a recipe's model. Raises: ModelError: no usable config."""
+    return model_shapes(*read_config(recipe.model.path, recipe.model.revision))
 
 
 def plan_shapes(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
@@ -160,6 +168,7 @@ def _plan(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
         device=device,
         components=ledger,
         peak_moment=moment,
+        moments=training_moments(shapes, recipe, device.runtime_bytes),
         phases=phases(shapes, recipe, device),
         trainable_parameters=components.trainable_parameters(shapes, recipe),
         base_parameters=shapes.total_parameters,

@@ -6,6 +6,7 @@ here. Imports no torch. Imported by the command line and training.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qlora_kit.planning.planner import Plan
@@ -108,6 +109,12 @@ def room_line(plan: Plan) -> str | None:
     return f"room: up to data.seq_len={length} or train.micro_batch={rows} would fit"
 
 
+def run_lines(plan: Plan) -> list[str]:
+    """Parameters, placement, passage, and where it fits time and room."""
+    of_a_run = (time_line(plan), room_line(plan)) if plan.fits else ()
+    return [parameters_line(plan), placement_line(plan), passage_line(plan), *filter(None, of_a_run)]
+
+
 def _component_table(plan: Plan) -> Table:
     from rich.table import Table
     from rich.text import Text
@@ -142,8 +149,10 @@ def _phase_table(plan: Plan) -> Table:
     return table
 
 
-def print_plan(plan: Plan, console: Console, next_step: str = "qlora-kit train with this recipe") -> None:
-    """Print components, phases, trained parameters, time, room, verdict and next step."""
+def print_plan(
+    plan: Plan, console: Console, next_step: str = "qlora-kit train with this recipe", notes: Sequence[str] = ()
+) -> None:
+    """Print components, phases, notes (of the data), trained parameters, time, room, verdict and next step."""
     from rich.text import Text
 
     settings = plan.settings
@@ -151,10 +160,7 @@ def print_plan(plan: Plan, console: Console, next_step: str = "qlora-kit train w
     console.print(Text(f"{settings['model']['path']}, {settings['model']['quantization']}, {shape}", style="bold"))
     console.print(_component_table(plan))
     console.print(_phase_table(plan))
-    lines = [parameters_line(plan), placement_line(plan), passage_line(plan)]
-    if plan.fits:
-        lines += filter(None, (time_line(plan), room_line(plan)))
-    for line in lines:
+    for line in (*notes, *run_lines(plan)):
         console.print(Text(line))
     console.print(Text(verdict(plan), style="bold green" if plan.fits else "bold red"))
     for suggestion in plan.suggestions:
