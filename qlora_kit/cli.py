@@ -164,8 +164,9 @@ def profile(
 # ------------------------------------------------------------------------------------------------ using a model
 
 app.command(name="eval")(model_commands.evaluate)
-for _command in (model_commands.generate, model_commands.merge, model_commands.quantize):
-    app.command()(_command)
+app.command()(model_commands.generate)
+app.command()(model_commands.merge)
+app.command()(model_commands.quantize)
 
 
 @adapter_app.command("show")

@@ -20,7 +20,7 @@ from qlora_kit.planning.hardware import Device, device_for
 from qlora_kit.planning.moments import training_moments
 from qlora_kit.planning.phases import Phase, peak_bytes, peak_moment, phases
 from qlora_kit.planning.quantities import host_blocks, resident_blocks, tokens
-from qlora_kit.planning.room import Room, room
+from qlora_kit.planning.room import Room, least_bytes, room
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
 from qlora_kit.planning.suggest import Change, Cost, changed, suggestions
 from qlora_kit.planning.timing import Estimate, estimate
@@ -151,13 +151,21 @@ def plan_shapes(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
     if plan.fits:
         return plan
 
-    def cost(changed_recipe: Recipe) -> Cost:
-        run = decided(shapes, changed_recipe, device)
-        time = estimate(shapes, run, device)
-        tokens_of_a_step = tokens(run) * run.train.grad_accumulation
-        return Cost(peak_bytes(shapes, run, device), time and time.step_s / tokens_of_a_step)
+    before = _cost(plan.peak_bytes, recipe, plan.estimated)
 
-    return replace(plan, suggestions=tuple(suggestions(recipe, device, cost)))
+    def cost(changed_recipe: Recipe) -> Cost:
+        if device.kind != "cpu":  # a look at what needs least spares deciding what cannot fit
+            least = least_bytes(shapes, changed_recipe.memory, changed_recipe, device)
+            if least > device.memory_bytes:
+                return Cost(least, None)
+        run = decided(shapes, changed_recipe, device)
+        return _cost(peak_bytes(shapes, run, device), run, estimate(shapes, run, device))
+
+    return replace(plan, suggestions=tuple(suggestions(recipe, device, before, cost)))
+
+
+def _cost(peak: int, recipe: Recipe, time: Estimate | None) -> Cost:
+    return Cost(peak, time and time.step_s / (tokens(recipe) * recipe.train.grad_accumulation))
 
 
 def _plan(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:

@@ -45,15 +45,24 @@ def room(shapes: ModelShapes, wanted: Memory, recipe: Recipe, device: Device) ->
         return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": micro_batch})})
 
     def fits(changed: Recipe) -> bool:
-        options = _leanest(shapes, wanted, changed)
-        return any(peak_bytes(shapes, option, device) <= device.memory_bytes for option in options)
+        return least_bytes(shapes, wanted, changed, device) <= device.memory_bytes
 
     seq_len = _largest(lambda n: fits(with_length(n)), recipe.data.seq_len, SEQ_LEN_STEP, SEQ_LEN_LIMIT)
     micro_batch = _largest(lambda n: fits(with_rows(n)), recipe.train.micro_batch, 1, MICRO_BATCH_LIMIT)
     return Room(seq_len, micro_batch)
 
 
-def _leanest(shapes: ModelShapes, wanted: Memory, recipe: Recipe) -> Iterator[Recipe]:
+def least_bytes(shapes: ModelShapes, wanted: Memory, recipe: Recipe, device: Device) -> int:
+    """The peak on the device with every `auto` of `wanted` at its least; it fits if this does.
+
+    On a CPU `recipe` must be one that was decided: there, what it puts into host memory stays on the device.
+    """
+    peaks = (peak_bytes(shapes, option, device) for option in _leanest(wanted, recipe))
+    least = next(peaks)
+    return least if least <= device.memory_bytes else min((least, *peaks))
+
+
+def _leanest(wanted: Memory, recipe: Recipe) -> Iterator[Recipe]:
     """The recipe with every `auto` of `wanted` at its least: from disk, which is less unless slots are more."""
     least = {
         "resident_blocks": 0,

@@ -102,16 +102,16 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def suggestions(recipe: Recipe, device: Device, cost: Callable[[Recipe], Cost]) -> list[str]:
+def suggestions(recipe: Recipe, device: Device, before: Cost, cost: Callable[[Recipe], Cost]) -> list[str]:
     """Changes that make it fit: each that does alone (the mildest of a key), else the fewest first ones together.
 
     Those that touch nothing of what is learned come first, of these the ones that cost least time. Every line was
     planned; if all changes together are not enough, the only line says what would be.
 
     Args:
-        cost: what a recipe takes, its `auto` decided.
+        before: what the recipe takes as it is.
+        cost: what a changed one does, its `auto` decided.
     """
-    before = cost(recipe)
     alone: dict[str, tuple[Change, Cost]] = {}
     for change in _changes(recipe):
         key = next(iter(change))

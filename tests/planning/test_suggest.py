@@ -88,7 +88,7 @@ def costs(**seconds: float) -> list[str]:
         return Cost(peak, seconds.get(changed_keys[0], 1.0) if changed_keys else 1.0)
 
     recipe = recipe_for_model("llama-7b", ["train.micro_batch=2", "train.optimizer=adamw_32bit"])
-    return list(suggestions(recipe, Device("cuda", "card", 9 * GIB), cost))
+    return suggestions(recipe, Device("cuda", "card", 9 * GIB), cost(recipe), cost)
 
 
 def test_each_says_what_it_saves_and_what_time_it_costs() -> None:
