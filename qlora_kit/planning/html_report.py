@@ -49,7 +49,7 @@ th, td { padding: .15rem .6rem .15rem 0; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 td.bar { width: 38%; }
 .track { background: var(--track); border-radius: 3px; }
-.track i { display: block; height: .85rem; border-radius: 3px; min-width: 1px; }
+.track i { display: block; height: .85rem; border-radius: 3px; }
 tr.sum td { border-top: 1px solid var(--line); font-weight: 600; }
 .swatch { display: inline-block; width: .75rem; height: .75rem; border-radius: 2px; margin-right: .45rem; }
 .steps { display: flex; gap: 1rem; align-items: flex-end; position: relative; height: 15rem;

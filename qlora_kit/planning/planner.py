@@ -165,7 +165,7 @@ def plan_shapes(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
 
 
 def _cost(peak: int, recipe: Recipe, time: Estimate | None) -> Cost:
-    return Cost(peak, time and time.step_s / (tokens(recipe) * recipe.train.grad_accumulation))
+    return Cost(peak, time.step_s / (tokens(recipe) * recipe.train.grad_accumulation) if time else None)
 
 
 def _plan(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
