@@ -2,7 +2,8 @@
 
 Why: the planner must know every tensor before torch is imported, and the loader must refuse a base in which one is
 missing, has another shape, or is unknown. Both read the same row, so they cannot drift apart.
-How: the key is transformers' `model_type`. Names inside a block are relative to it ("self_attn.q_proj"). Keys absent
+How: the key is transformers' `model_type`; rows of PLANNED_ONLY are known to `plan --stack` alone, and nothing is
+trained with them. Names inside a block are relative to it ("self_attn.q_proj"). Keys absent
 from a config get the default of transformers' config class. A generic test compares every row with the state dict of
 the model that transformers builds. To support another architecture, add a row. Imports no torch.
 Imported by planning, base, adapters, training and export.
@@ -65,6 +66,7 @@ class Architecture:
         softcap_default: what an absent `final_logit_softcapping` means; None: logits are not capped.
         file_renames: (regular expression, replacement) for tensor names in checkpoints of older layouts.
         file_buffers: regular expression of tensors that old checkpoints hold although they are computed, not learned.
+        experts: config -> (experts of an MLP, how many of them a token passes); (1, 1): a dense MLP.
     """
 
     blocks: str
@@ -90,6 +92,7 @@ class Architecture:
     softcap_default: float | None = None
     file_renames: tuple[tuple[str, str], ...] = ()
     file_buffers: str = r"\.rotary_emb\.inv_freq$"
+    experts: Callable[[Config], tuple[int, int]] = lambda config: (1, 1)
 
     @property
     def attention_linears(self) -> tuple[str, ...]:
@@ -167,7 +170,7 @@ def tied(config: Config) -> bool:
 
     Raises: ModelError: unknown model_type.
     """
-    return flag(config, "tie_word_embeddings", architecture_of(config, "config").tied_by_default)
+    return flag(config, "tie_word_embeddings", architecture_of(config, "config", planned_only=True).tied_by_default)
 
 
 def final_softcap(config: Config) -> float | None:
@@ -175,7 +178,7 @@ def final_softcap(config: Config) -> float | None:
 
     Raises: ModelError: not a positive number.
     """
-    row = architecture_of(config, "config")
+    row = architecture_of(config, "config", planned_only=True)
     value = config.get("final_logit_softcapping", row.softcap_default)
     if value is None:
         return None
@@ -184,9 +187,11 @@ def final_softcap(config: Config) -> float | None:
     return float(value)
 
 
-def architecture_of(config: Config, source: str) -> Architecture:
+def architecture_of(config: Config, source: str, *, planned_only: bool = False) -> Architecture:
     """The row of a config; `source` (a path or name) opens the message.
 
+    Args:
+        planned_only: also of an architecture that this kit cannot train.
     Raises: ModelError: no model_type, a multimodal wrapper, or an architecture without a row.
     """
     found = config.get("model_type")
@@ -199,6 +204,13 @@ def architecture_of(config: Config, source: str) -> Architecture:
             f"{source}: model_type {found!r:.80} is a multimodal wrapper around {inner!r:.80}, {known}; only text "
             f"models can be trained. Save its language model to a folder of its own, whose config.json has "
             f"the contents of 'text_config' at the top, and give that folder"
+        )
+    if found in PLANNED_ONLY:
+        if planned_only:
+            return PLANNED_ONLY[found]
+        raise ModelError(
+            f"{source}: model_type {found!r} cannot be trained by this kit; `qlora-kit plan --stack peft` says what it "
+            f"takes elsewhere; trained are {', '.join(ARCHITECTURES)}"
         )
     if found not in ARCHITECTURES:
         hint = nearest(found, list(ARCHITECTURES))
@@ -291,6 +303,45 @@ def _gpt_neox_linears(config: Config) -> list[LinearShape]:
         LinearShape("attention.dense", hidden, hidden, bias),
         LinearShape("mlp.dense_h_to_4h", inner, hidden, bias=True),
         LinearShape("mlp.dense_4h_to_h", hidden, inner, bias=True),
+    ]
+
+
+def _mixtral_linears(config: Config) -> list[LinearShape]:
+    """As transformers before 5 holds them: two-dimensional weights for each expert, and the router, all quantized."""
+    attention = _separate_linears(_Heads(kv_default=8))(config)[:4]
+    hidden, inner, moe = hidden_size(config), dimension(config, "intermediate_size"), "block_sparse_moe"
+    count, _ = _mixtral_experts(config)
+    experts = [
+        LinearShape(f"{moe}.experts.{expert}.{name}", *shape)
+        for expert in range(count)
+        for name, shape in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden)))
+    ]
+    return [*attention, LinearShape(f"{moe}.gate", count, hidden), *experts]
+
+
+def _mixtral_experts(config: Config) -> tuple[int, int]:
+    count = dimension(config, "num_local_experts", default=8)
+    return count, dimension(config, "num_experts_per_tok", default=2, limit=count)
+
+
+def _gpt_bigcode_linears(config: Config) -> list[LinearShape]:
+    """With `multi_query` keys and values of one head only follow the queries in the fused projection."""
+    hidden = hidden_size(config)
+    key = hidden // head_count(config) if flag(config, "multi_query", True) else hidden
+    _, attention_out, mlp_in, mlp_out = _gpt2_linears(config)
+    return [LinearShape("attn.c_attn", hidden + 2 * key, hidden, bias=True), attention_out, mlp_in, mlp_out]
+
+
+def _phi_linears(config: Config) -> list[LinearShape]:
+    hidden, inner = hidden_size(config), dimension(config, "intermediate_size")
+    query, key, _ = _Heads().widths(config)
+    return [
+        LinearShape("self_attn.q_proj", query, hidden, bias=True),
+        LinearShape("self_attn.k_proj", key, hidden, bias=True),
+        LinearShape("self_attn.v_proj", key, hidden, bias=True),
+        LinearShape("self_attn.dense", hidden, query, bias=True),
+        LinearShape("mlp.fc1", inner, hidden, bias=True),
+        LinearShape("mlp.fc2", hidden, inner, bias=True),
     ]
 
 
@@ -430,5 +481,33 @@ ARCHITECTURES: dict[str, Architecture] = {
         layer_norm_copies=0,
         file_renames=((r"^embed_out\.", "lm_head."),),
         file_buffers=r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",
+    ),
+}
+
+# Known by their shapes only: what they take in other stacks can be planned, but nothing here trains them.
+_GPT2 = ARCHITECTURES["gpt2"]
+PLANNED_ONLY: dict[str, Architecture] = {
+    "mixtral": replace(
+        _LLAMA,
+        linears=_mixtral_linears,
+        mlp_in=("block_sparse_moe.experts.0.w1", "block_sparse_moe.experts.0.w3"),
+        mlp_out="block_sparse_moe.experts.0.w2",
+        experts=_mixtral_experts,
+    ),
+    "gpt_bigcode": replace(_GPT2, linears=_gpt_bigcode_linears, mlp_saved=1, transposed=False),
+    "gemma": replace(_LLAMA, linears=_separate_linears(_Heads(16, 256)), tied_by_default=True),
+    "phi": replace(
+        _LLAMA,
+        linears=_phi_linears,
+        block_tensors=_layer_norms("input_layernorm"),
+        outer_tensors=lambda config: [
+            *_layer_norms("model.final_layernorm")(config),
+            ("lm_head.bias", (vocabulary_size(config),)),
+        ],
+        attention_out="self_attn.dense",
+        mlp_in=("mlp.fc1",),
+        mlp_out="mlp.fc2",
+        mlp_saved=1,
+        layer_norm_copies=0,
     ),
 }

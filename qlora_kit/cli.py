@@ -102,11 +102,9 @@ def plan(
 
     if stack not in STACKS:
         raise RecipeError(f"--stack: one of {', '.join(STACKS)}, found {stack!r}{nearest(stack, list(STACKS))}")
-    if stack != "kit":
-        not_built(f"plan --stack {stack}")
     from qlora_kit.plan_command import answer
 
-    found = answer(target, overrides or [], budget, gpu, data)
+    found = answer(target, overrides or [], budget, gpu, stack=stack, data=data)
     if html is not None:
         found.write_html(html)
     if as_json:

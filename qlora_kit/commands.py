@@ -41,18 +41,21 @@ def recipe_or_model(target: str, overrides: list[str]) -> Recipe:
     return recipe_for_model(target, overrides)
 
 
-def plan_recipe(recipe: Recipe, budget: str | None = None, gpu: str | None = None) -> Plan:
-    """The plan of a recipe for `--budget` and `--gpu`.
+def plan_recipe(recipe: Recipe, budget: str | None = None, gpu: str | None = None, stack: str = "kit") -> Plan:
+    """The plan of a recipe for `--budget`, `--gpu` and `--stack`.
 
     Raises: RecipeError: the budget is no size, or the card unknown.
     """
     from qlora_kit.planning.planner import make_plan
+    from qlora_kit.planning.stack_plan import plan_in_stack
     from qlora_kit.units import parse_bytes
 
     try:
         budget_bytes = None if budget is None else parse_bytes(budget)
     except ValueError as error:
         raise RecipeError(f"--budget: {error}") from None
+    if stack != "kit":
+        return plan_in_stack(recipe, stack, budget_bytes=budget_bytes, gpu=gpu)
     return make_plan(recipe, budget_bytes=budget_bytes, gpu=gpu)
 
 

@@ -75,17 +75,26 @@ class Answer:
         files.write_text(path, html_report(self.plan, self.next_step, self.notes))
 
 
-def answer(target: str, overrides: list[str], budget: str | None, gpu: str | None, data: Path | None) -> Answer:
-    """Plan a recipe or a model, with a data file for its longest row.
+def answer(
+    target: str,
+    overrides: list[str],
+    budget: str | None = None,
+    gpu: str | None = None,
+    *,
+    stack: str = "kit",
+    data: Path | None = None,
+) -> Answer:
+    """Plan a recipe or a model, in a stack, with a data file for its longest row.
 
     Raises: RecipeError, ModelError, DataError: what is wrong, and where.
     """
     recipe = recipe_or_model(target, overrides)
     if data is None:
-        return Answer(target, plan_recipe(recipe, budget, gpu))
+        return Answer(target, plan_recipe(recipe, budget, gpu, stack))
     lengths = _lengths(recipe, data)
     planned = recipe.model_copy(update={"data": recipe.data.model_copy(update={"seq_len": lengths.longest_row})})
-    return Answer(target, _timed(plan_recipe(planned, budget, gpu), lengths), lengths)
+    plan = plan_recipe(planned, budget, gpu, stack)
+    return Answer(target, _timed(plan, lengths) if plan.estimated else plan, lengths)
 
 
 def _lengths(recipe: Recipe, data: Path) -> Lengths:

@@ -62,6 +62,10 @@ class Model(_Section):
     quantization: Literal["nf4", "fp4", "none"] = Field("nf4", description="none: plain LoRA on the unquantized base")
     double_quant: bool = Field(True, description="quantize the scales too: 4.127 bits per weight instead of 4.5")
     dtype: DType = Field("bfloat16", description="of computation and of what stays unquantized")
+    keep_quantized: str | None = Field(
+        None,
+        description="folder for the 4-bit checkpoint of a base that is not one: made once, then loaded in a second",
+    )
 
 
 class Adapter(_Section):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_kit.architectures import ARCHITECTURES, architecture_of, dimension, final_softcap, flag, tied
+from qlora_kit.architectures import ARCHITECTURES, PLANNED_ONLY, architecture_of, dimension, final_softcap, flag, tied
 from qlora_kit.errors import ModelError
 from qlora_kit.planning.shapes import model_shapes
 
@@ -57,6 +57,24 @@ def test_a_row_lists_exactly_the_tensors_of_transformers_with_all_options_set(mo
 def test_a_row_fills_absent_keys_as_transformers_does(model_type: str) -> None:
     config = {"model_type": model_type, **(GPT2 if model_type == "gpt2" else REQUIRED)}
     assert tensors_of_row(config) == tensors_of_transformers(config)
+
+
+@pytest.mark.parametrize("model_type", PLANNED_ONLY)
+def test_what_is_only_planned_has_as_many_parameters_as_in_transformers(model_type: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = {**(GPT2 if model_type == "gpt_bigcode" else REQUIRED), "n_positions": 77, "tie_word_embeddings": False}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config, **SPECIAL))
+    shapes = model_shapes({"model_type": model_type, **config}, "test", planned_only=True)
+    assert shapes.total_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_what_is_only_planned_cannot_be_trained() -> None:
+    for model_type in PLANNED_ONLY:
+        with pytest.raises(ModelError, match=f"model_type '{model_type}' cannot be trained by this kit") as raised:
+            architecture_of({"model_type": model_type}, "config.json")
+        assert raised.value.exit_code == 4
 
 
 @pytest.mark.parametrize("model_type", sorted(set(ARCHITECTURES) - {"gpt2", "gpt_neox"}))

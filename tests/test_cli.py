@@ -49,7 +49,6 @@ MERGE_CHOICES = [
     *[("--onto", choice) for choice in ("auto", "original", "dequantized")],
 ]
 NOT_BUILT = {
-    "plan --stack peft": ["plan", "llama-2-7b", "--stack", "peft"],
     "profile": ["profile", "r.yaml"],
     "adapter show": ["adapter", "show", "a"],
     "adapter compose": ["adapter", "compose", "a", "b", "--weights", "0.7,0.3", "--out", "o"],

@@ -33,7 +33,7 @@ def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def planned(model: str, gpu: str | None = None, budget: str | None = None) -> Answer:
     overrides = [] if gpu else ["train.device=cpu"]
-    return answer(model, overrides, budget, gpu, None)
+    return answer(model, overrides, budget, gpu)
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,12 @@ def test_without_a_recipe_for_the_device_the_list_is_named(recipes: Path) -> Non
 def test_a_recipe_is_followed_by_its_training(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("model: {path: gpt2}\ndata: {train: t}\n")
-    assert answer(str(mine), [], None, "rtx-4090", None).next_step == f"qlora-kit train {mine}"
+    assert answer(str(mine), [], gpu="rtx-4090").next_step == f"qlora-kit train {mine}"
 
 
 def test_a_data_file_needs_a_local_model() -> None:
     with pytest.raises(RecipeError, match=r"--data t.jsonl: token lengths need .*'gpt2' is no local folder"):
-        answer("gpt2", [], None, "rtx-4090", Path("t.jsonl"))
+        answer("gpt2", [], gpu="rtx-4090", data=Path("t.jsonl"))
 
 
 def test_html_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from qlora_kit.files import atomic_file, safetensors_header
 HEADER_BYTES_LIMIT = 100_000_000  # of the format
 READ_BYTES = 8 << 20
 DIRECT_BYTES = 4 << 20  # of one read past the page cache
+PART_BYTES, READERS = 64 << 20, min(4, os.cpu_count() or 1)  # a larger tensor is read in parts, by several threads
 
 DTYPES = {
     "F64": torch.float64,
@@ -105,8 +107,17 @@ class Shards:
         """Fill `target` with the tensor's bytes, in large sequential reads."""
         if self.past_cache and entry.size_bytes >= DIRECT_BYTES and self._fill_past_cache(entry, target):
             return
+        target = target[: entry.size_bytes]
         with self._opened(entry) as file:
-            self._fill(file, entry, 0, target[: entry.size_bytes])
+            if len(target) <= PART_BYTES:
+                self._fill(file, entry, 0, target)
+                return
+
+            def fill_part(start: int) -> None:
+                self._fill(file, entry, start, target[start : start + PART_BYTES])
+
+            with ThreadPoolExecutor(READERS) as readers:
+                list(readers.map(fill_part, range(0, len(target), PART_BYTES)))
 
     def read_rows(self, entry: Entry, rows: Sequence[int], target: memoryview) -> None:
         """Fill `target` with the bytes of some rows (first dimension) of the tensor, one read for each."""

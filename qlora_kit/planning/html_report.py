@@ -14,7 +14,7 @@ from html import escape
 
 from qlora_kit.planning.components import COMPONENTS, Ledger
 from qlora_kit.planning.planner import Plan
-from qlora_kit.planning.report import MEANINGS, MOMENTS, run_lines, verdict
+from qlora_kit.planning.report import MEANINGS, MOMENTS, run_lines, stack_line, verdict
 from qlora_kit.units import format_bytes
 
 # One for each component, in their order; told apart in both schemes, and never alone: bars carry names and bytes.
@@ -176,6 +176,8 @@ def _lines(plan: Plan, notes: Iterable[str]) -> str:
 
 
 def _next(plan: Plan, next_step: str) -> str:
+    if plan.stack != "kit":
+        return f"<p>{escape(stack_line(plan))}</p>"
     if plan.fits:
         return f"<p><code>{escape(next_step)}</code></p>"
     return "".join(f"<p><code>{escape(suggestion)}</code></p>" for suggestion in plan.suggestions)

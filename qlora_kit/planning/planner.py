@@ -47,6 +47,8 @@ class Plan:
         estimated: the time of a step, where the device's rates are known.
         suggestions: lines to follow when it does not fit, each with what it saves and what time it costs.
         room: how far seq_len or micro_batch could go, when it fits; `make_plan` looks for it.
+        stack: whose training this is: "kit", or a name of STACKS.
+        kit_peak_bytes: of another stack's plan: what this kit needs at its peak; None: it cannot train this model.
     """
 
     device: Device
@@ -63,6 +65,8 @@ class Plan:
     estimated: Estimate | None = None
     suggestions: tuple[str, ...] = ()
     room: Room | None = None
+    stack: str = "kit"
+    kit_peak_bytes: int | None = None
 
     @property
     def budget_bytes(self) -> int:
@@ -100,7 +104,11 @@ class Plan:
         return with_memory(recipe, **{key: self.settings["memory"][key] for key in DECIDED})
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `plan --json` prints and a run keeps as plan.json; schema 1 of the contract."""
+        """The object that `plan --json` prints and a run keeps as plan.json; schema 1 of the contract.
+
+        Of another stack it also has "stack" and "kit_peak_bytes".
+        """
+        elsewhere = {} if self.stack == "kit" else {"stack": self.stack, "kit_peak_bytes": self.kit_peak_bytes}
         return {
             "schema": 1,
             "fits": self.fits,
@@ -118,6 +126,7 @@ class Plan:
             "suggestions": list(self.suggestions),
             "estimated": self.estimated and self.estimated.to_json(),
             "room": self.room and dict(vars(self.room)),
+            **elsewhere,
         }
 
 

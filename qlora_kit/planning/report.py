@@ -35,6 +35,10 @@ MOMENTS = {
     "kept block backward": "the backward of a block that kept its activations",
     "block backward": "one block's backward",
     "first block backward": "the first block's backward",
+    "loss backward": "the loss' backward",
+    "block product": "one product of a block's backward",
+    "head": "a product with the 4-bit head",
+    "optimizer step": "the optimizer's step",
 }
 
 
@@ -60,6 +64,15 @@ def parameters_line(plan: Plan) -> str:
         f"trainable parameters: {plan.trainable_parameters:,} of {plan.total_parameters:,} "
         f"({plan.trainable_percent:.4f} %)"
     )
+
+
+def stack_line(plan: Plan) -> str:
+    """Another stack's peak beside this kit's."""
+    there = f"{plan.stack} takes {format_bytes(plan.peak_bytes)} at its peak"
+    if plan.kit_peak_bytes is None:
+        return f"{there}; this kit cannot train this model"
+    times = plan.peak_bytes / plan.kit_peak_bytes
+    return f"{there}, this kit {format_bytes(plan.kit_peak_bytes)} for the same recipe: {times:.1f} times as much"
 
 
 def placement_line(plan: Plan) -> str:
@@ -157,7 +170,9 @@ def print_plan(
 
     settings = plan.settings
     shape = f"{settings['train']['micro_batch']} x {settings['data']['seq_len']} tokens a forward"
-    console.print(Text(f"{settings['model']['path']}, {settings['model']['quantization']}, {shape}", style="bold"))
+    where = "" if plan.stack == "kit" else f", with {plan.stack}"
+    title = f"{settings['model']['path']}, {settings['model']['quantization']}, {shape}{where}"
+    console.print(Text(title, style="bold"))
     console.print(_component_table(plan))
     console.print(_phase_table(plan))
     for line in (*notes, *run_lines(plan)):
@@ -165,5 +180,7 @@ def print_plan(
     console.print(Text(verdict(plan), style="bold green" if plan.fits else "bold red"))
     for suggestion in plan.suggestions:
         console.print(Text(f"  {'fits with: ' if suggestion.startswith('--set') else ''}{suggestion}"), soft_wrap=True)
-    if plan.fits:
+    if plan.stack != "kit":
+        console.print(Text(stack_line(plan), style="bold"))
+    elif plan.fits:
         console.print(Text(f"next: {next_step}"), soft_wrap=True)

@@ -52,6 +52,8 @@ class ModelShapes:
         tied: head and embedding are one tensor, counted once.
         softcap: cap on the logits, or None.
         window: positions that some blocks look back, or None: all.
+        model_type: transformers' name of the architecture.
+        experts: experts of an MLP, and how many of them a token passes; (1, 1): a dense MLP.
         linears: the linears of one block (all blocks are alike).
         block_tensors: what else one block holds, names relative to the block; biases of the linears included.
         outer_tensors: tensors outside the blocks, with the embedding, and with the head unless tied; absolute names.
@@ -69,6 +71,8 @@ class ModelShapes:
     block_tensors: tuple[TensorShape, ...]
     outer_tensors: tuple[TensorShape, ...]
     window: int | None = None
+    model_type: str = ""
+    experts: tuple[int, int] = (1, 1)
 
     def linear(self, name: str) -> LinearShape:
         """The linear of that name, relative to the block."""
@@ -107,12 +111,14 @@ class ModelShapes:
         return self.layers * self.block_linear_parameters + self.other_parameters
 
 
-def model_shapes(config: Config, source: str) -> ModelShapes:
+def model_shapes(config: Config, source: str, *, planned_only: bool = False) -> ModelShapes:
     """Lay out all tensors of a config.
 
+    Args:
+        planned_only: also of an architecture that this kit cannot train.
     Raises: ModelError: unsupported architecture, or a field that is absent or absurd; names `source` and field.
     """
-    row = architecture_of(config, source)
+    row = architecture_of(config, source, planned_only=planned_only)
     try:
         linears = tuple(row.linears(config))
         table = (vocabulary_size(config), hidden_size(config))
@@ -132,6 +138,8 @@ def model_shapes(config: Config, source: str) -> ModelShapes:
             block_tensors=(*biases, *row.block_tensors(config)),
             outer_tensors=((f"{row.embedding}.weight", table), *row.outer_tensors(config), *head),
             window=row.window(config),
+            model_type=config["model_type"],
+            experts=row.experts(config),
         )
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from None

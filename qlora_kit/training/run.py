@@ -38,10 +38,10 @@ from qlora_kit.training.signals import StopRequest
 ROOMY_SHARE = 0.7  # of the budget; a plan below it leaves room for a faster, less frugal heap
 # Keys that change where a run lives or how often it speaks, but not one bit of its result.
 FREE_KEYS = frozenset(
-    "model.path model.revision data.train data.eval memory.budget memory.placement memory.resident_blocks "
-    "memory.host_blocks memory.embeddings memory.gradient_checkpointing memory.activation_offload "
-    "memory.keep_dequantized memory.micro_batches_together train.eval_every train.save_every train.keep_checkpoints "
-    "train.trackers train.device output".split()
+    "model.path model.revision model.keep_quantized data.train data.eval memory.budget memory.placement "
+    "memory.resident_blocks memory.host_blocks memory.embeddings memory.gradient_checkpointing "
+    "memory.activation_offload memory.keep_dequantized memory.micro_batches_together train.eval_every "
+    "train.save_every train.keep_checkpoints train.trackers train.device output".split()
 )
 
 
@@ -147,15 +147,17 @@ def placement_of(recipe: Recipe) -> Placement:
 def place_base(recipe: Recipe, device: torch.device) -> Base:
     """The base, its blocks where `memory.placement` says, embedding and head where `memory.embeddings` does.
 
-    Blocks on disk are read from a 4-bit checkpoint. If the model is not one, it is made below `output` once, and kept.
+    If the model is no 4-bit checkpoint and blocks are to be read from disk, or the recipe wants one kept
+    (`model.keep_quantized`), one is made, once.
     """
     settings, placement = recipe.model, placement_of(recipe)
     folder = resolve_folder(settings.path, settings.revision)
-    if placement.tier != "disk" or settings.quantization == "none" or is_quantized(folder):
+    kept = Path(settings.keep_quantized) if settings.keep_quantized else None
+    if settings.quantization == "none" or is_quantized(folder) or (placement.tier != "disk" and kept is None):
         return load_base(settings, device, placement)
-    checkpoint = Path(recipe.output) / f"base-{settings.quantization}"
+    checkpoint = kept or Path(recipe.output) / f"base-{settings.quantization}"
     if not checkpoint.exists():
-        note(f"{checkpoint}: quantizing the base once, for its blocks to be read from disk")
+        note(f"{checkpoint}: quantizing the base once; it is loaded from there from now on")
         quantize_model(
             folder,
             checkpoint,

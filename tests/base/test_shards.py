@@ -40,6 +40,17 @@ def test_some_rows_of_a_tensor_are_read_in_the_order_asked_for(tmp_path):
     assert torch.equal(found, table[[4, 0, 3]])
 
 
+def test_a_large_tensor_is_read_in_parts_and_a_file_cut_short_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART_BYTES", 1000)
+    path, large = tmp_path / "x.safetensors", torch.arange(1234)
+    save_tensors(path, {"large": large})
+    shards = Shards([path])
+    assert torch.equal(shards.read("large"), large)
+    path.write_bytes(path.read_bytes()[:-1500])
+    with pytest.raises(ModelError, match="x.safetensors: ends at byte .*, in the middle of a tensor"):
+        shards.read("large")
+
+
 def header_file(path: Path, header: str, data: bytes = b"\0" * 16) -> Path:
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + data)
     return path

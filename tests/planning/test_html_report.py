@@ -10,7 +10,8 @@ import pytest
 
 from qlora_kit.planning.html_report import COLOURS, STYLE, html_report
 from qlora_kit.planning.planner import Plan, make_plan
-from qlora_kit.planning.report import MEANINGS, MOMENTS, run_lines, verdict
+from qlora_kit.planning.report import MEANINGS, MOMENTS, run_lines, stack_line, verdict
+from qlora_kit.planning.stack_plan import plan_in_stack
 from qlora_kit.recipe import recipe_for_model
 from qlora_kit.units import format_bytes
 
@@ -66,6 +67,13 @@ def test_a_plan_that_does_not_fit_is_followed_by_what_would() -> None:
     text = Page(html_report(made, "never")).text
     assert all(line in text for line in made.suggestions)
     assert "never" not in text
+
+
+def test_another_stack_is_shown_with_its_moments_and_this_kits_peak() -> None:
+    made = plan_in_stack(recipe_for_model("llama-3.1-8b"), "peft", gpu="rtx-4090")
+    text = Page(html_report(made, "never")).text
+    assert stack_line(made) in text and "never" not in text
+    assert all(MOMENTS[name] in text for name in made.moments)
 
 
 def test_words_from_outside_are_escaped() -> None:

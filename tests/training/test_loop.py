@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from qlora_kit.adapters.inject import trainable_parameters
 from qlora_kit.adapters.store import save_adapter
+from qlora_kit.base.quantize_model import is_quantized
 from qlora_kit.data.tokenize import IGNORE_INDEX
 from qlora_kit.errors import CheckpointError, DataError, ModelError, NonFiniteError, RecipeError
 from qlora_kit.planning.planner import make_plan
@@ -311,3 +312,13 @@ def test_a_base_kept_for_streaming_is_not_taken_for_another_model(model, corpus,
     changed = asked.model_copy(update={"model": asked.model.model_copy(update={"path": str(other)})})
     with pytest.raises(ModelError, match="made from another model"):
         prepare(changed, StopRequest())
+
+
+def test_a_quantized_base_that_is_kept_is_made_once_and_gives_the_same_adapter(model, corpus, tmp_path, capsys):
+    kept = tmp_path / "kept-nf4"
+    train(recipe(model, corpus, tmp_path / "plain", model={"quantization": "nf4"}))
+    for name in ("first", "second"):
+        train(recipe(model, corpus, tmp_path / name, model={"quantization": "nf4", "keep_quantized": str(kept)}))
+        assert_same_adapter(tmp_path / name, tmp_path / "plain")
+    assert capsys.readouterr().err.count("quantizing the base once") == 1
+    assert is_quantized(kept)
