@@ -1,4 +1,5 @@
-"""What several commands do: from their options to recipes, plans, models and proofs. Imported by: cli.
+"""What several commands do: from their options to recipes, plans, models and proofs. Imported by: cli, plan_command,
+model_commands.
 
 Heavy imports stand inside the functions, so that `plan` and `--help` never import torch.
 """
@@ -23,6 +24,11 @@ def not_built(command: str) -> NoReturn:
     raise RecipeError(f"{command} is not built yet in version {__version__}; nothing was done")
 
 
+def is_recipe(target: str) -> bool:
+    """Whether `plan`'s argument names a recipe; else it names a model."""
+    return target.endswith((".yaml", ".yml"))
+
+
 def recipe_or_model(target: str, overrides: list[str]) -> Recipe:
     """The recipe of a YAML file, or the default one for a model.
 
@@ -30,7 +36,7 @@ def recipe_or_model(target: str, overrides: list[str]) -> Recipe:
     """
     from qlora_kit.recipe import load_recipe, recipe_for_model
 
-    if target.endswith((".yaml", ".yml")):
+    if is_recipe(target):
         return load_recipe(Path(target), overrides)
     return recipe_for_model(target, overrides)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 stdout = Console(highlight=False)
@@ -29,6 +28,8 @@ def warn(text: str) -> None:
 @contextlib.contextmanager
 def progress(description: str, total: float) -> Iterator[Callable[[float, str], None]]:
     """A progress bar; yields `advance(amount, text)`. Silent where stderr is not a terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -29,7 +29,7 @@ from qlora_kit.recipe import load_recipe
 
 # The contract: command -> options. Adding an option is free; a change here is a decision that CHANGELOG.md records.
 CONTRACT = {
-    "plan": "--budget --gpu --stack --set --json",
+    "plan": "--budget --gpu --stack --data --html --set --json",
     "train": "--set --resume",
     "profile": "--steps --json",
     "eval": "--model --adapter --data --format --json",
@@ -58,7 +58,7 @@ COMPONENTS = (
 )
 PLAN_KEYS = (
     "schema fits budget_bytes peak_bytes peak_phase components phases trainable_parameters total_parameters "
-    "trainable_percent resident_blocks streamed_blocks settings suggestions"
+    "trainable_percent resident_blocks streamed_blocks settings suggestions estimated room"
 )
 STEP_KEYS = "step loss lr grad_norm tokens tokens_per_s step_s device_peak_bytes host_rss_bytes"
 TEMPLATE = (
@@ -258,6 +258,22 @@ def test_plan_json_is_one_object_with_the_contracts_keys(qlora: Qlora) -> None:
 def test_plan_json_that_does_not_fit_is_still_one_object_and_ends_with_6(qlora: Qlora) -> None:
     ended = qlora("plan", "llama-2-7b", "--budget", "1GiB", "--json")
     assert (ended.code, json.loads(ended.out)["fits"]) == (6, False)
+
+
+def test_a_plan_for_a_data_file_is_one_for_its_longest_row(qlora: Qlora, place: Place) -> None:
+    settings = ["--set", "data.packing=false", "--set", "data.seq_len=128"]
+    ended = qlora("plan", place.recipe, "--data", place.train, *settings, "--json")
+    made = json.loads(ended.out)
+    assert (ended.code, ended.out.count("\n"), made["data"]["documents"]) == (0, 1, 40)
+    assert made["settings"]["data"]["seq_len"] == made["data"]["longest_row"] < 128
+    assert "6 documents" in qlora("plan", place.recipe, "--data", place.eval).out
+
+
+def test_a_plan_is_also_written_as_html(qlora: Qlora, tmp_path: Path) -> None:
+    ended = qlora("plan", "llama-2-7b", "--gpu", "rtx-4090", "--html", tmp_path / "plan.html")
+    assert ended.code == 0 and "fits: " in ended.out
+    assert "fits: " in (tmp_path / "plan.html").read_text()
+    assert "plan.html: cannot write" in complaint(qlora("plan", "gpt2", "--html", "/proc/plan.html"), 5)
 
 
 def test_plan_names_the_closed_forms_from_a_config_alone(qlora: Qlora) -> None:

@@ -28,15 +28,17 @@ ORDER = (
     ("adapters",),
     ("profiling",),
     ("training", "generation", "export"),
-    ("doctor", "selftest", "commands"),
+    ("doctor", "selftest", "commands", "options"),
+    ("model_commands", "plan_command"),
     ("cli",),
     ("__main__",),
 )
 RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}
 # The torch line: what is planned, checked or said before a run must not wait for seconds of imports.
 LIGHT_PARTS = {"", "errors", "units", "files", "console", "architectures", "optimizers", "prepared", "recipe"}
-LIGHT_PARTS |= {"planning", "doctor", "commands", "cli", "__main__"}
-LIGHT_FILES = {f"data/{name}.py" for name in ("__init__", "formats", "templates", "tokenize", "packing")}
+LIGHT_PARTS |= {"planning", "doctor", "commands", "options", "cli", "__main__"}
+LIGHT_PARTS |= {"model_commands", "plan_command"}
+LIGHT_FILES = {f"data/{name}.py" for name in ("__init__", "formats", "templates", "tokenize", "packing", "lengths")}
 HEAVY = ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "tokenizers")
 
 

@@ -1,4 +1,4 @@
-"""How much memory a device has: a catalogue of GPUs, the card in this machine, or the host's RAM.
+"""How much memory a device has: a card of the catalogue, the card in this machine, or the host's RAM.
 
 Why: a plan is made before torch is imported, often for a card that is not here. Imports no torch, and psutil only when
 the host's memory is asked for. Imported by planning/planner.py and the command line.
@@ -13,46 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.errors import RecipeError, nearest
+from qlora_kit.planning.gpus import CARDS
 
 GIB = 2**30
 # CUDA context, cuBLAS workspace and the allocator's rounding: an estimate for one process, 64-bit Linux. The context
 # alone is 250 to 500 MiB, by card and driver; what `nvidia-smi` shows above torch's own figure before any model.
 CUDA_RUNTIME_BYTES = 512 * 2**20
 UNIFIED_MEMORY_SHARE = 0.75  # of the RAM of an Apple machine, what Metal lets the GPU take
-
-# GiB that a driver hands to torch (`total_memory`, as out-of-memory messages print it), rounded down to 0.1; less than
-# the number on the box, since firmware, and error correction where it is on, take their part.
-_GPU_GIB = {
-    "rtx-2060-6gb": 5.7,
-    "rtx-2080-ti": 10.7,
-    "rtx-3060-12gb": 11.7,
-    "rtx-3070": 7.6,
-    "rtx-3080-10gb": 9.6,
-    "rtx-3090": 23.5,
-    "rtx-4060": 7.6,
-    "rtx-4060-ti-16gb": 15.5,
-    "rtx-4070": 11.6,
-    "rtx-4080": 15.6,
-    "rtx-4090": 23.5,
-    "rtx-5070-ti": 15.4,
-    "rtx-5090": 31.3,
-    "rtx-a4000": 15.6,
-    "rtx-a6000": 47.4,
-    "rtx-6000-ada": 47.4,
-    "p100": 15.8,
-    "v100-16gb": 15.7,
-    "v100-32gb": 31.7,
-    "t4": 14.5,
-    "a10g": 22.0,
-    "l4": 22.0,
-    "l40s": 44.4,
-    "a40": 44.4,
-    "a100-40gb": 39.3,
-    "a100-80gb": 79.1,
-    "h100": 79.1,
-    "h200": 139.7,
-}
-GPUS: dict[str, int] = {name: int(gib * GIB) for name, gib in _GPU_GIB.items()}
 
 
 @dataclass(frozen=True)
@@ -90,11 +57,11 @@ def find_gpu(name: str) -> Device:
     key = re.sub(r"[\s_]+", "-", name.strip().lower())
     key = re.sub(r"^(nvidia-)?((geforce|tesla)-)?", "", key)
     key = f"rtx-{key}" if key[:1].isdigit() else key
-    if key not in GPUS:
-        same_card = [known for known in GPUS if known.startswith(f"{key}-") and known.removeprefix(key)[1].isdigit()]
-        hint = f"; which one, {' or '.join(same_card)}?" if same_card else nearest(key, list(GPUS))
-        raise RecipeError(f"--gpu {name!r:.80}: unknown card{hint}; known: {', '.join(GPUS)}; or give --budget")
-    return Device("cuda", key, GPUS[key])
+    if key not in CARDS:
+        same_card = [known for known in CARDS if known.startswith(f"{key}-") and known.removeprefix(key)[1].isdigit()]
+        hint = f"; which one, {' or '.join(same_card)}?" if same_card else nearest(key, list(CARDS))
+        raise RecipeError(f"--gpu {name!r:.80}: unknown card{hint}; known: {', '.join(CARDS)}; or give --budget")
+    return Device("cuda", key, CARDS[key].memory_bytes)
 
 
 def detect_gpu() -> Device | None:

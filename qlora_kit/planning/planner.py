@@ -2,7 +2,8 @@
 
 Why: a run that cannot fit is refused before torch is imported, in well under a second.
 How: config -> shapes -> what `auto` comes to (decide) -> what each phase takes (phases) -> peak against the device's
-memory (hardware). When it does not fit, changes are tried, each by planning again (suggest).
+memory (hardware); and how long a step takes (timing). When it does not fit, changes are tried, each by planning again
+(suggest); when it does, how far it could go (room).
 Imports no torch. Imported by the command line.
 """
 
@@ -16,10 +17,13 @@ from qlora_kit.planning import components
 from qlora_kit.planning.components import Ledger
 from qlora_kit.planning.decide import decided, with_memory
 from qlora_kit.planning.hardware import Device, device_for
+from qlora_kit.planning.moments import training_moments
 from qlora_kit.planning.phases import Phase, peak_bytes, peak_moment, phases
-from qlora_kit.planning.quantities import host_blocks, resident_blocks
+from qlora_kit.planning.quantities import host_blocks, resident_blocks, tokens
+from qlora_kit.planning.room import Room, least_bytes, room
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
-from qlora_kit.planning.suggest import Change, changed, suggestions
+from qlora_kit.planning.suggest import Change, Cost, changed, suggestions
+from qlora_kit.planning.timing import Estimate, estimate
 from qlora_kit.recipe import Memory, Recipe
 
 # Keys that a plan gives to the run: those that change no bit of its result.
@@ -33,13 +37,16 @@ class Plan:
     Attributes:
         device: what was planned for; its memory is the budget.
         components: bytes of each component at the training peak, on the device; they add up to the training phase.
-        peak_moment: which moment of a training step that is, one of `moments.training_moments`.
+        peak_moment: which moment of a training step that is.
+        moments: the ledger at each moment of a step that can be its peak (`moments.training_moments`).
         phases: load, train, eval, save, merge.
         trainable_parameters, base_parameters: of the adapter, of the base (a tied head counted once).
         resident_blocks, streamed_blocks, host_blocks: how many blocks' weights live on the device, how many elsewhere,
             and how many of these in host memory (the rest on disk).
         settings: the recipe as it would run, every `auto` decided.
-        suggestions: lines to follow when it does not fit, each with the figure it was planned to.
+        estimated: the time of a step, where the device's rates are known.
+        suggestions: lines to follow when it does not fit, each with what it saves and what time it costs.
+        room: how far seq_len or micro_batch could go, when it fits; `make_plan` looks for it.
         stack: whose training this is: "kit", or a name of STACKS.
         kit_peak_bytes: of another stack's plan: what this kit needs at its peak; None: it cannot train this model.
     """
@@ -47,6 +54,7 @@ class Plan:
     device: Device
     components: Ledger
     peak_moment: str
+    moments: dict[str, Ledger]
     phases: dict[str, Phase]
     trainable_parameters: int
     base_parameters: int
@@ -54,7 +62,9 @@ class Plan:
     streamed_blocks: int
     host_blocks: int
     settings: dict[str, Any]
+    estimated: Estimate | None = None
     suggestions: tuple[str, ...] = ()
+    room: Room | None = None
     stack: str = "kit"
     kit_peak_bytes: int | None = None
 
@@ -114,6 +124,8 @@ class Plan:
             "streamed_blocks": self.streamed_blocks,
             "settings": self.settings,
             "suggestions": list(self.suggestions),
+            "estimated": self.estimated and self.estimated.to_json(),
+            "room": self.room and dict(vars(self.room)),
             **elsewhere,
         }
 
@@ -129,8 +141,17 @@ def make_plan(recipe: Recipe, *, budget_bytes: int | None = None, gpu: str | Non
     """
     if budget_bytes is None and recipe.memory.budget != "auto":
         budget_bytes = recipe.memory.budget
-    shapes = model_shapes(*read_config(recipe.model.path, recipe.model.revision))
-    return plan_shapes(shapes, recipe, device_for(recipe.train.device, gpu, budget_bytes))
+    shapes = read_shapes(recipe)
+    device = device_for(recipe.train.device, gpu, budget_bytes)
+    plan = plan_shapes(shapes, recipe, device)
+    if not plan.fits:
+        return plan
+    return replace(plan, room=room(shapes, recipe.memory, plan.placed(recipe), device))
+
+
+def read_shapes(recipe: Recipe) -> ModelShapes:
+    """The shapes of a recipe's model. Raises: ModelError: no usable config."""
+    return model_shapes(*read_config(recipe.model.path, recipe.model.revision))
 
 
 def plan_shapes(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
@@ -139,10 +160,21 @@ def plan_shapes(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
     if plan.fits:
         return plan
 
-    def needed(changed_recipe: Recipe) -> int:
-        return peak_bytes(shapes, decided(shapes, changed_recipe, device), device)
+    before = _cost(plan.peak_bytes, recipe, plan.estimated)
 
-    return replace(plan, suggestions=tuple(suggestions(recipe, device, needed)))
+    def cost(changed_recipe: Recipe) -> Cost:
+        if device.kind != "cpu":  # a look at what needs least spares deciding what cannot fit
+            least = least_bytes(shapes, changed_recipe.memory, changed_recipe, device)
+            if least > device.memory_bytes:
+                return Cost(least, None)
+        run = decided(shapes, changed_recipe, device)
+        return _cost(peak_bytes(shapes, run, device), run, estimate(shapes, run, device))
+
+    return replace(plan, suggestions=tuple(suggestions(recipe, device, before, cost)))
+
+
+def _cost(peak: int, recipe: Recipe, time: Estimate | None) -> Cost:
+    return Cost(peak, time.step_s / (tokens(recipe) * recipe.train.grad_accumulation) if time else None)
 
 
 def _plan(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
@@ -153,6 +185,7 @@ def _plan(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
         device=device,
         components=ledger,
         peak_moment=moment,
+        moments=training_moments(shapes, recipe, device.runtime_bytes),
         phases=phases(shapes, recipe, device),
         trainable_parameters=components.trainable_parameters(shapes, recipe),
         base_parameters=shapes.total_parameters,
@@ -160,6 +193,7 @@ def _plan(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
         streamed_blocks=shapes.layers - resident,
         host_blocks=host_blocks(shapes, recipe),
         settings=_settings(recipe, device),
+        estimated=estimate(shapes, recipe, device),
     )
 
 

@@ -6,27 +6,28 @@ here. Imports no torch. Imported by the command line and training.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qlora_kit.planning.planner import Plan
-from qlora_kit.units import format_bytes
+from qlora_kit.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-BAR_CELLS = 28
+BAR_CELLS = 24
 MEANINGS = {
-    "base_nf4": "4-bit weights of the blocks",
+    "base_nf4": "4-bit block weights",
     "quant_constants": "their scales",
-    "base_unquantized": "embeddings, head, norms, biases",
+    "base_unquantized": "head, embedding, norms",
     "adapter": "LoRA A and B",
     "gradients": "of A and B",
-    "optimizer": "moments (and masters) of A and B",
-    "activations": "kept for backward, a block's own",
-    "logits": "one chunk of the loss",
-    "workspace": "dequantized and incoming weights",
-    "runtime": "CUDA context, allocator (estimated)",
+    "optimizer": "moments, masters",
+    "activations": "kept for backward",
+    "logits": "one tile of the loss",
+    "workspace": "weights in passing",
+    "runtime": "CUDA context (est.)",
 }
 MOMENTS = {
     "loss": "the loss",
@@ -101,6 +102,32 @@ def passage_line(plan: Plan) -> str:
     return "; ".join(parts)
 
 
+def time_line(plan: Plan) -> str | None:
+    """How long a step and the run will take, and what decides it; None where the device's rates are not known."""
+    time = plan.estimated
+    if time is None:
+        return None
+    run = "" if time.run_s is None else f", {format_seconds(time.run_s)} the run"
+    train, tokens = plan.settings["train"], plan.settings["data"]["seq_len"]
+    tokens *= train["micro_batch"] * train["grad_accumulation"]
+    bound = "bound by transfers" if time.bound_by == "transfer" else "bound by compute"
+    return f"time: about {format_seconds(time.step_s)} a step of {tokens:,} tokens{run} (estimated, {bound})"
+
+
+def room_line(plan: Plan) -> str | None:
+    """How far it could go; None when it does not fit."""
+    if plan.room is None:
+        return None
+    length, rows = plan.room.seq_len, plan.room.micro_batch
+    return f"room: up to data.seq_len={length} or train.micro_batch={rows} would fit"
+
+
+def run_lines(plan: Plan) -> list[str]:
+    """Parameters, placement, passage, and where it fits time and room."""
+    of_a_run = (time_line(plan), room_line(plan)) if plan.fits else ()
+    return [parameters_line(plan), placement_line(plan), passage_line(plan), *filter(None, of_a_run)]
+
+
 def _component_table(plan: Plan) -> Table:
     from rich.table import Table
     from rich.text import Text
@@ -109,10 +136,10 @@ def _component_table(plan: Plan) -> Table:
     whole = max(total, plan.budget_bytes)
     title = Text(f"training peak, at {MOMENTS[plan.peak_moment]}, on {plan.device.name}", style="italic")
     table = Table(title=title, title_justify="left", box=None)
-    table.add_column("component")
+    table.add_column("component", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)
     table.add_column("", width=BAR_CELLS, no_wrap=True)
-    table.add_column("what", style="dim")
+    table.add_column("what", style="dim", no_wrap=True)
     for name, count in plan.components.items():
         if count:
             table.add_row(name, format_bytes(count), bar(count, whole), MEANINGS[name])
@@ -135,8 +162,10 @@ def _phase_table(plan: Plan) -> Table:
     return table
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """Print components, phases, trained parameters, verdict and next step."""
+def print_plan(
+    plan: Plan, console: Console, next_step: str = "qlora-kit train with this recipe", notes: Sequence[str] = ()
+) -> None:
+    """Print components, phases, notes (of the data), trained parameters, time, room, verdict and next step."""
     from rich.text import Text
 
     settings = plan.settings
@@ -146,13 +175,12 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(Text(title, style="bold"))
     console.print(_component_table(plan))
     console.print(_phase_table(plan))
-    console.print(Text(parameters_line(plan)))
-    console.print(Text(placement_line(plan)))
-    console.print(Text(passage_line(plan)))
+    for line in (*notes, *run_lines(plan)):
+        console.print(Text(line))
     console.print(Text(verdict(plan), style="bold green" if plan.fits else "bold red"))
     for suggestion in plan.suggestions:
         console.print(Text(f"  {'fits with: ' if suggestion.startswith('--set') else ''}{suggestion}"), soft_wrap=True)
     if plan.stack != "kit":
         console.print(Text(stack_line(plan), style="bold"))
     elif plan.fits:
-        console.print(Text("next: qlora-kit train with this recipe"))
+        console.print(Text(f"next: {next_step}"), soft_wrap=True)

@@ -236,7 +236,7 @@ def read_config(model: str, revision: str | None = None) -> tuple[dict[str, Any]
             raise ModelError(f"{path}: no such file; a model folder has a config.json")
     if path.is_file():
         return parse_config(path), str(path)
-    entry = _catalogue_entry(model) if revision is None else None
+    entry = catalogue_entry(model) if revision is None else None
     if entry is not None:
         return dict(entry["config"]), model
     if _HUB_ID.fullmatch(model) is None:
@@ -252,7 +252,8 @@ def catalogue() -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _catalogue_entry(model: str) -> dict[str, Any] | None:
+def catalogue_entry(model: str) -> dict[str, Any] | None:
+    """The built-in model of that name or hub id, in any case; None: there is none."""
     wanted = model.lower()
     if wanted in catalogue():
         return catalogue()[wanted]

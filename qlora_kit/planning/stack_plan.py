@@ -44,6 +44,7 @@ def plan_shapes_in_stack(shapes: ModelShapes, recipe: Recipe, stack: str, device
         device=device,
         components=ledger,
         peak_moment=moment,
+        moments=stack_moments(shapes, there, STACKS[stack], device.runtime_bytes),
         phases=_phases(shapes, there, stack, device),
         trainable_parameters=components.trainable_parameters(shapes, there),
         base_parameters=shapes.total_parameters,

@@ -1,4 +1,4 @@
-"""What to change in a recipe that does not fit: lines to paste, each with the peak that it was planned to.
+"""What to change in a recipe that does not fit: lines to paste, each with what it saves and what time it costs.
 
 Why: "out of memory" is no help; the mildest change that fits is. How: single changes are tried, the one that costs
 least first; if none is enough alone, they are put together until they are. Imports no torch. Imported by
@@ -8,6 +8,7 @@ planning/planner.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from qlora_kit.optimizers import OPTIMIZERS
@@ -61,9 +62,34 @@ def _changes(recipe: Recipe) -> Iterator[Change]:
         smaller //= 2
 
 
-def _line(change: Change, peak_bytes: int) -> str:
-    """The change as `--set` options to paste, with the peak that it was planned to."""
-    return f"{_options(change)}   ({format_bytes(peak_bytes)} at the peak)"
+@dataclass(frozen=True)
+class Cost:
+    """What a recipe takes: bytes at its highest phase on the device, and seconds a token, if its device's are known."""
+
+    peak_bytes: int
+    token_s: float | None
+
+
+def _learned(change: Change) -> int:
+    """How much a change touches what is learned: not at all, its rounding, the base's precision, the task itself."""
+    key = next(iter(change))
+    if key in ("data.seq_len", "adapter.rank"):
+        return 3
+    if key == "model.quantization":
+        return 2
+    return 1 if key in ("train.optimizer", "model.double_quant") else 0
+
+
+def _time(before: Cost, after: Cost) -> float:
+    """The relative change of time; 0 where it is not known."""
+    return after.token_s / before.token_s - 1 if before.token_s and after.token_s else 0.0
+
+
+def _line(change: Change, before: Cost, after: Cost) -> str:
+    """The change as `--set` options to paste, with what it saves and costs, and the peak that it was planned to."""
+    saved = f"saves {format_bytes(before.peak_bytes - after.peak_bytes)}"
+    time = f", {100 * _time(before, after):+.0f} % time" if before.token_s and after.token_s else ""
+    return f"{_options(change)}   ({saved}{time}: {format_bytes(after.peak_bytes)} at the peak)"
 
 
 def _options(change: Change) -> str:
@@ -76,33 +102,36 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def suggestions(recipe: Recipe, device: Device, needed: Callable[[Recipe], int]) -> Iterator[str]:
+def suggestions(recipe: Recipe, device: Device, before: Cost, cost: Callable[[Recipe], Cost]) -> list[str]:
     """Changes that make it fit: each that does alone (the mildest of a key), else the fewest first ones together.
 
-    Every line was planned; if all of them together are not enough, the last line says what would be.
+    Those that touch nothing of what is learned come first, of these the ones that cost least time. Every line was
+    planned; if all changes together are not enough, the only line says what would be.
 
     Args:
-        needed: peak bytes on the device of a recipe, its `auto` decided.
+        before: what the recipe takes as it is.
+        cost: what a changed one does, its `auto` decided.
     """
-    alone: set[str] = set()
+    alone: dict[str, tuple[Change, Cost]] = {}
     for change in _changes(recipe):
-        key, peak = next(iter(change)), needed(changed(recipe, change))
-        if key not in alone and peak <= device.memory_bytes:
-            alone.add(key)
-            yield _line(change, peak)
+        key = next(iter(change))
+        if key not in alone and (after := cost(changed(recipe, change))).peak_bytes <= device.memory_bytes:
+            alone[key] = (change, after)
     if not alone:
-        yield _together(recipe, device, needed)
+        return [_together(recipe, device, before, cost)]
+    ordered = sorted(alone.values(), key=lambda found: (_learned(found[0]), round(_time(before, found[1]), 2)))
+    return [_line(change, before, after) for change, after in ordered]
 
 
-def _together(recipe: Recipe, device: Device, needed: Callable[[Recipe], int]) -> str:
+def _together(recipe: Recipe, device: Device, before: Cost, cost: Callable[[Recipe], Cost]) -> str:
     together: Change = {}
-    smallest = needed(recipe)
+    least = before
     for change in _changes(recipe):
-        peak = needed(changed(recipe, together | change))
-        if peak < smallest:
-            together, smallest = together | change, peak
-        if smallest <= device.memory_bytes:
-            return _line(together, smallest)
-    least = f"no change of these settings makes it fit: the least is {format_bytes(smallest)}"
+        after = cost(changed(recipe, together | change))
+        if after.peak_bytes < least.peak_bytes:
+            together, least = together | change, after
+        if least.peak_bytes <= device.memory_bytes:
+            return _line(together, before, least)
+    said = f"no change of these settings makes it fit: the least is {format_bytes(least.peak_bytes)}"
     with_what = f" with {_options(together)}" if together else ""
-    return f"{least}{with_what}; take a device with more memory, or a smaller model"
+    return f"{said}{with_what}; take a device with more memory, or a smaller model"

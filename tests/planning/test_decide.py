@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qlora_kit.planning.hardware import Device
@@ -107,7 +109,7 @@ def test_streaming_everything_leaves_what_the_device_must_hold() -> None:
 def test_on_a_cpu_the_host_is_the_device() -> None:
     away = ("memory.placement=host", "memory.embeddings=host", "memory.activation_offload=host", "memory.host_blocks=3")
     made, resident = plan("llama-2-7b", *away, gib=20, device="cpu"), plan("llama-2-7b", gib=20, device="cpu")
-    assert made == resident
+    assert replace(made, room=resident.room) == resident  # `auto` may still go to disk
     assert memory(made, "placement", "embeddings", "activation_offload", "host_blocks") == (
         "device",
         "device",

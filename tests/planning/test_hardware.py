@@ -8,7 +8,8 @@ import pytest
 
 from qlora_kit.errors import RecipeError
 from qlora_kit.planning import hardware
-from qlora_kit.planning.hardware import GIB, GPUS, Device, device_for, find_gpu
+from qlora_kit.planning.gpus import CARDS
+from qlora_kit.planning.hardware import GIB, Device, device_for, find_gpu
 
 
 @pytest.fixture(autouse=True)
@@ -18,12 +19,12 @@ def no_card_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["rtx-4090", "RTX 4090", "NVIDIA GeForce RTX 4090", "4090"])
 def test_a_card_is_found_however_it_is_written(name: str) -> None:
-    assert find_gpu(name) == Device("cuda", "rtx-4090", GPUS["rtx-4090"])
+    assert find_gpu(name) == Device("cuda", "rtx-4090", CARDS["rtx-4090"].memory_bytes)
 
 
 def test_a_card_has_less_than_the_number_on_its_box() -> None:
     boxes = {"rtx-3060-12gb": 12, "rtx-3090": 24, "rtx-4090": 24, "rtx-5090": 32, "a100-40gb": 40, "h100": 80, "t4": 16}
-    assert all(0.9 * size * GIB < GPUS[name] < size * GIB for name, size in boxes.items())
+    assert all(0.9 * size * GIB < CARDS[name].memory_bytes < size * GIB for name, size in boxes.items())
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_auto_is_the_named_card_else_the_one_here_else_the_cpu(monkeypatch: pyte
 
 def test_of_a_card_and_a_budget_the_smaller_counts() -> None:
     assert device_for("auto", "rtx-4090", 8 * GIB).memory_bytes == 8 * GIB
-    assert device_for("auto", "rtx-4090", 80 * GIB).memory_bytes == GPUS["rtx-4090"]
+    assert device_for("auto", "rtx-4090", 80 * GIB).memory_bytes == CARDS["rtx-4090"].memory_bytes
 
 
 def test_a_budget_stands_in_for_a_device_that_is_not_here() -> None:

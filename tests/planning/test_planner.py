@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -37,7 +38,7 @@ def test_json_has_the_keys_of_the_contract_in_its_order() -> None:
     assert list(made) == [
         *("schema", "fits", "budget_bytes", "peak_bytes", "peak_phase", "components", "phases"),
         *("trainable_parameters", "total_parameters", "trainable_percent", "resident_blocks", "streamed_blocks"),
-        *("settings", "suggestions"),
+        *("settings", "suggestions", "estimated", "room"),
     ]
     assert tuple(made["components"]) == COMPONENTS
     assert list(made["phases"]) == ["load", "train", "eval", "save", "merge"]
@@ -79,7 +80,8 @@ def test_the_recipe_that_runs_has_everything_that_was_decided_but_the_budget() -
 def test_a_plan_of_what_was_decided_is_the_same_plan() -> None:
     recipe = recipe_for_model("llama-3.1-8b", ["train.device=cuda", "memory.gradient_checkpointing=auto"])
     made = make_plan(recipe, budget_bytes=12 * GIB)
-    assert make_plan(made.placed(recipe), budget_bytes=12 * GIB) == made
+    again = make_plan(made.placed(recipe), budget_bytes=12 * GIB)
+    assert replace(again, room=made.room) == made  # there, blocks that stay resident take room
 
 
 def test_the_peak_moves_from_the_loss_to_a_block_when_the_chunk_is_small() -> None:

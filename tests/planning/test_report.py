@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -19,10 +20,15 @@ from qlora_kit.planning.report import (
     passage_line,
     placement_line,
     print_plan,
+    room_line,
+    time_line,
     verdict,
 )
+from qlora_kit.planning.room import Room
 from qlora_kit.planning.shapes import model_shapes, read_config
+from qlora_kit.planning.timing import Estimate
 from qlora_kit.recipe import recipe_for_model
+from qlora_kit.units import format_seconds
 
 
 def plan(*overrides: str, gpu: str = "rtx-4090") -> Plan:
@@ -35,7 +41,7 @@ def printed(made: Plan, width: int = 100) -> str:
     return output.getvalue()
 
 
-@pytest.mark.parametrize(("part", "expected"), [(0, ""), (50, "█" * 14), (100, "█" * 28), (900, "█" * 28), (1, "▎")])
+@pytest.mark.parametrize(("part", "expected"), [(0, ""), (50, "█" * 12), (100, "█" * 24), (900, "█" * 24), (1, "▎")])
 def test_a_bar_is_as_long_as_its_share(part: int, expected: str) -> None:
     assert bar(part, 100) == expected
 
@@ -90,6 +96,36 @@ def test_how_the_blocks_are_passed_is_said(settings: tuple[str, ...], line: str)
     made = plan("data.seq_len=2048", *(f"memory.{setting}" for setting in settings))
     assert line in passage_line(made)
     assert passage_line(made) in printed(made, width=300)
+
+
+def test_the_time_of_a_step_and_of_the_run_is_said_where_it_is_known() -> None:
+    made = plan("train.steps=100", "train.grad_accumulation=4")
+    assert made.estimated is not None
+    step, run = format_seconds(made.estimated.step_s), format_seconds(100 * made.estimated.step_s)
+    line = f"time: about {step} a step of 4,096 tokens, {run} the run (estimated, bound by compute)"
+    assert time_line(made) == line and line in printed(made)
+    assert ", bound by transfers)" in str(time_line(replace(made, estimated=Estimate(1.0, 2.0, None))))
+    assert time_line(replace(made, estimated=None)) is None
+
+
+def test_the_room_is_said_and_only_where_there_is_some() -> None:
+    made = replace(plan(), room=Room(4096, 5))
+    assert room_line(made) == "room: up to data.seq_len=4096 or train.micro_batch=5 would fit"
+    assert "room: " not in printed(plan("memory.placement=device", "train.micro_batch=64", gpu="rtx-3050-8gb"))
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-70b", "smollm2-135m"])
+def test_a_plan_is_read_on_one_screen(model: str) -> None:
+    lines = printed(make_plan(recipe_for_model(model), gpu="rtx-4090"), width=80).splitlines()
+    assert len(lines) <= 34
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+
+
+def test_the_next_step_can_be_another() -> None:
+    output = io.StringIO()
+    print_plan(plan(), Console(width=100, file=output), next_step="qlora-kit recipes copy x my.yaml")
+    assert output.getvalue().endswith("next: qlora-kit recipes copy x my.yaml\n")
 
 
 def test_every_component_and_moment_is_explained() -> None:

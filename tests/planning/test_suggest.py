@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from qlora_kit.planning.hardware import Device
 from qlora_kit.planning.planner import Plan, make_plan
-from qlora_kit.recipe import recipe_for_model
+from qlora_kit.planning.suggest import Cost, suggestions
+from qlora_kit.recipe import Recipe, recipe_for_model
 
 GIB = 2**30
 
@@ -70,3 +72,41 @@ def test_a_switch_that_is_the_reason_is_suggested(given: str, suggested: str) ->
 def test_embeddings_that_must_stay_are_told_that_they_need_not() -> None:
     greedy = plan("llama-3.1-70b", "memory.embeddings=device", "data.seq_len=512", gib=7)
     assert any(line.startswith("--set memory.embeddings=auto") for line in greedy.suggestions)
+
+
+# ------------------------------------------------------------------------------------------------ what they cost
+
+
+def costs(**seconds: float) -> list[str]:
+    """Suggestions where every change fits and takes the seconds a token that its key has here, else 1."""
+
+    def cost(recipe: Recipe) -> Cost:
+        given = {"offload": recipe.memory.activation_offload, "rows": recipe.train.micro_batch == 1}
+        given |= {"length": recipe.data.seq_len < 1024, "optimizer": recipe.train.optimizer != "adamw_32bit"}
+        changed_keys = [key for key, there in given.items() if there]
+        peak = 10 * GIB - GIB * len(changed_keys)
+        return Cost(peak, seconds.get(changed_keys[0], 1.0) if changed_keys else 1.0)
+
+    recipe = recipe_for_model("llama-7b", ["train.micro_batch=2", "train.optimizer=adamw_32bit"])
+    return suggestions(recipe, Device("cuda", "card", 9 * GIB), cost(recipe), cost)
+
+
+def test_each_says_what_it_saves_and_what_time_it_costs() -> None:
+    first, *_ = costs(offload=1.06, rows=1.25)
+    assert first == "--set memory.activation_offload=host   (saves 1.0 GiB, +6 % time: 9.0 GiB at the peak)"
+
+
+def test_what_changes_nothing_that_is_learned_comes_first_then_what_costs_least_time() -> None:
+    keys = [line.split()[1].partition("=")[0] for line in costs(offload=1.3, rows=1.1, optimizer=1.0, length=0.5)]
+    assert keys == ["train.micro_batch", "memory.activation_offload", "train.optimizer", "data.seq_len"]
+
+
+def test_where_no_rates_are_known_no_time_is_said() -> None:
+    greedy = plan("llama-2-7b", *GREEDY, gib=12)
+    assert all("saves" in line and "time" not in line for line in greedy.suggestions)
+
+
+def test_a_known_card_has_a_time_for_each() -> None:
+    made = make_plan(recipe_for_model("llama-2-7b", [*GREEDY]), gpu="rtx-3060-12gb")
+    assert made.suggestions
+    assert all(" % time: " in line for line in made.suggestions)

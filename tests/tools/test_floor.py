@@ -9,12 +9,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from qlora_kit.planning.operations import PARTS, Product, count_products
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
 from qlora_kit.planning.suggest import changed
 from qlora_kit.recipe import Recipe
 from qlora_kit.training.loop import train_step
 from tools import floor
-from tools.floor import Product, count_products, dequantizations, floor_seconds, time_product
+from tools.floor import floor_seconds, time_product
 from tools.harness import write_recipe
 from tools.kit_worker import build_run
 from tools.random_base import random_base
@@ -58,32 +59,10 @@ def test_a_step_does_what_the_floor_counts_and_little_more(case, recomputed, at_
     assert counted(shapes, recipe) <= done.total <= at_most * counted(shapes, recipe)
 
 
-def test_attention_of_a_row_is_half_of_its_square(case):
-    attention = count_products(*case)["attention"]
-    square = 2 * 64 * 64 * 64  # operations of Q K^T: tokens x tokens x (heads x width)
-    passes = 2 + 2 + 4  # products forward, recomputed, backward
-    assert sum(count * product.operations for product, count in attention.items()) == 3 * passes * square / 2
-
-
-@pytest.mark.parametrize(
-    ("changes", "uses"),
-    [
-        ({"memory.gradient_checkpointing": False}, 2),
-        ({"memory.keep_dequantized": True}, 2),
-        ({"memory.keep_dequantized": False}, 3),
-        ({"memory.keep_dequantized": False, "train.grad_accumulation": 4, "memory.micro_batches_together": 1}, 12),
-        ({"memory.keep_dequantized": False, "train.grad_accumulation": 4, "memory.micro_batches_together": 4}, 3),
-    ],
-)
-def test_weights_are_dequantized_as_often_as_their_values_are_needed(case, changes, uses):
-    shapes, recipe = case
-    assert dequantizations(shapes, changed(recipe, changes))[192, 64] == 2 * 3 * uses  # gate and up, three blocks
-
-
 def test_a_timed_floor_has_all_its_parts_and_their_rates(case, monkeypatch):
     monkeypatch.setattr(floor, "REPEAT_SECONDS", 0.0)
     found = floor_seconds(*case)
-    assert set(found.parts) == {*floor.PARTS, "dequantization"} and min(found.parts.values()) > 0
+    assert set(found.parts) == {*PARTS, "dequantization"} and min(found.parts.values()) > 0
     assert found.to_json()["seconds"] == pytest.approx(sum(found.parts.values()))
 
 

@@ -1,0 +1,171 @@
+"""The commands that use a model: eval, generate, merge, quantize. Each imports only what it needs.
+
+Results go to stdout, progress and notes to stderr, as for all commands. Imported by: cli.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qlora_kit.commands import check_data, load_model, model_folder, prove_merged, section
+from qlora_kit.options import (
+    AnyBase,
+    AsJson,
+    DType,
+    ModelPath,
+    Onto,
+    PlacementOption,
+    Quantization,
+    QuantType,
+    print_json,
+)
+
+
+def evaluate(
+    model: ModelPath,
+    data: Annotated[Path, typer.Option(help="Held-out examples, jsonl.")],
+    adapter: Annotated[str | None, typer.Option(help="Adapter folder.")] = None,
+    format: Annotated[str, typer.Option(help="auto | chat | alpaca | completion | text")] = "auto",
+    learn: Annotated[str, typer.Option(help="completion | all: which tokens count.")] = "completion",
+    seq_len: Annotated[int, typer.Option(help="Longest example, in tokens.")] = 2048,
+    quantization: Quantization = "auto",
+    placement: PlacementOption = "auto",
+    any_base: AnyBase = False,
+    as_json: AsJson = False,
+) -> None:
+    """Loss, perplexity and number of learned tokens on held-out data.
+
+    Example: `qlora-kit eval --model models/m --adapter runs/r/adapter --data data/eval.jsonl`
+    """
+    from qlora_kit.data.batches import eval_batches
+    from qlora_kit.data.tokenize import load_examples, load_tokenizer
+    from qlora_kit.planning.components import AUTO_LOSS_CHUNK_TOKENS
+    from qlora_kit.recipe import Data
+    from qlora_kit.training.evaluate import evaluate as run_evaluation
+
+    settings = section(Data, train=str(data), format=format, learn=learn, seq_len=seq_len)
+    examples, _ = load_examples(data, settings, load_tokenizer(model_folder(model)))
+    batches = eval_batches(examples, micro_batch=1, seq_len=seq_len, packing=True, pad_id=0)
+    base = load_model(model, [adapter] if adapter else [], quantization, any_base, placement)
+    evaluation = run_evaluation(base, batches, AUTO_LOSS_CHUNK_TOKENS)
+    if as_json:
+        print_json(evaluation.to_json())
+    else:
+        print(f"loss {evaluation.loss:.4f}  perplexity {evaluation.perplexity:.3f}  tokens {evaluation.tokens:,}")
+
+
+def generate(
+    model: ModelPath,
+    prompt: Annotated[str, typer.Option(help="What the user says; rendered with the model's chat template.")],
+    adapter: Annotated[list[str] | None, typer.Option(help="Adapter folder; several add up.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as plain text, without a template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of sampling at a temperature above 0.")] = 0,
+    quantization: Quantization = "auto",
+    placement: PlacementOption = "auto",
+    any_base: AnyBase = False,
+) -> None:
+    """Text from a base, a base with adapters, or a merged model.
+
+    Example: `qlora-kit generate --model models/m --adapter runs/r/adapter --prompt "Why is the sky blue?"`
+    """
+    from qlora_kit.data.tokenize import load_tokenizer
+    from qlora_kit.generation import generate as run_generation
+
+    tokenizer = load_tokenizer(model_folder(model))
+    base = load_model(model, list(adapter or []), quantization, any_base, placement)
+    messages = [{"role": "system", "content": system}] if system else []
+    asked = prompt if raw else [*messages, {"role": "user", "content": prompt}]
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    for answer in run_generation(base, tokenizer, [asked], **options):
+        print(answer)
+
+
+def merge(
+    model: ModelPath,
+    adapter: Annotated[Path, typer.Option(help="Adapter folder.")],
+    out: Annotated[Path, typer.Option(help="New folder for the merged model.")],
+    dtype: Annotated[
+        DType, typer.Option(help="Of the written weights; arithmetic is fp32, rounded once.")
+    ] = DType.float16,
+    onto: Annotated[
+        Onto,
+        typer.Option(
+            help="original weights, their dequantized 4-bit copies, or auto: what the adapter was trained beside."
+        ),
+    ] = Onto.auto,
+    verify: Annotated[
+        Path | None, typer.Option(help="Held-out jsonl: reload with plain transformers and compare losses.")
+    ] = None,
+    any_base: AnyBase = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a full-precision model: base + adapter, tensor by tensor.
+
+    Memory stays at a few tensors, whatever the model. With `--verify` the folder is reloaded from disk by plain
+    transformers in a fresh process, and its loss must equal the live adapter model's within 0.01 nats (else exit 4).
+
+    Example: `qlora-kit merge --model models/m --adapter runs/r/adapter --out runs/r/merged --verify data/eval.jsonl`
+    """
+    from qlora_kit.export.merge import merge_model
+    from qlora_kit.units import format_bytes
+
+    folder = model_folder(model)
+    if verify is not None:
+        check_data(folder, verify)
+    report = merge_model(folder, adapter, out, dtype=dtype.value, onto=onto.value, any_base=any_base)
+    result = report.to_json()
+    if verify is not None:
+        result["proof"] = prove_merged(folder, adapter, out, verify, any_base)
+    if as_json:
+        print_json(result)
+        return
+    print(
+        f"{out}: {format_bytes(report.bytes_written)} {report.dtype}, {report.merged_tensors} tensors merged onto the "
+        f"{report.onto} weights, {report.copied_tensors} copied"
+    )
+    if verify is not None:
+        proof = result["proof"]
+        print(
+            f"reloaded by plain transformers: held-out loss {proof['merged_loss']:.4f}, "
+            f"adapter model {proof['live_loss']:.4f}"
+        )
+
+
+def quantize(
+    model: ModelPath,
+    out: Annotated[Path, typer.Option(help="New folder for the 4-bit checkpoint.")],
+    quant_type: Annotated[QuantType, typer.Option(help="The 4-bit type of the weights.")] = QuantType.nf4,
+    double_quant: Annotated[
+        bool, typer.Option(help="Quantize the scales too: 4.127 bits per weight instead of 4.5.")
+    ] = True,
+    dtype: Annotated[
+        DType, typer.Option(help="Of what stays unquantized, and of weights before; `model.dtype` of the recipe.")
+    ] = DType.bfloat16,
+    as_json: AsJson = False,
+) -> None:
+    """Write a 4-bit checkpoint that this kit and plain transformers load.
+
+    Memory stays at a few tensors, whatever the model. Training from it gives what training from the original gives,
+    and adapters fit both.
+
+    Example: `qlora-kit quantize --model models/m --out models/m-nf4`
+    """
+    from qlora_kit.base.quantize_model import quantize_model
+    from qlora_kit.base.source import resolve_folder
+    from qlora_kit.units import format_bytes
+
+    folder = resolve_folder(model)
+    report = quantize_model(folder, out, quant_type=quant_type.value, double_quant=double_quant, dtype=dtype.value)
+    if as_json:
+        print_json(report.to_json())
+        return
+    print(
+        f"{out}: {format_bytes(report.bytes_written)} of {format_bytes(report.bytes_read)}, "
+        f"{report.quantized_tensors} tensors in {report.quant_type}, {report.copied_tensors} in {report.dtype}"
+    )

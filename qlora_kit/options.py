@@ -1,0 +1,51 @@
+"""Options that several commands share, and how a command prints its JSON. Imported by: cli, model_commands."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be repeated.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+ModelPath = Annotated[str, typer.Option("--model", help="Folder or hub id of the model.")]
+AnyBase = Annotated[bool, typer.Option("--any-base", help="Accept an adapter that was trained on another base.")]
+Quantization = Annotated[
+    str, typer.Option(help="auto | nf4 | fp4 | none. auto: as the adapter was trained; without one, none.")
+]
+PlacementOption = Annotated[
+    str,
+    typer.Option("--placement", help="auto | device | host | disk: where the blocks live; streamed ones fit anywhere."),
+]
+
+
+class DType(str, Enum):
+    """Of what `merge` writes."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class QuantType(str, Enum):
+    """The 4-bit types of `quantize`."""
+
+    nf4 = "nf4"
+    fp4 = "fp4"
+
+
+class Onto(str, Enum):
+    """The weights that the update is added to."""
+
+    auto = "auto"
+    original = "original"
+    dequantized = "dequantized"
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout, in one line. Raises: ValueError: NaN or infinity, which other readers refuse."""
+    print(json.dumps(value, allow_nan=False))

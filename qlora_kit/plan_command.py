@@ -1,0 +1,161 @@
+"""What `plan` answers: the plan, the lengths of a data file if one is given, and what to do next. Imported by: cli.
+
+Heavy imports stand inside the functions: a plan imports no torch, and only `--data` imports a tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.commands import is_recipe, plan_recipe, recipe_or_model
+from qlora_kit.errors import RecipeError
+from qlora_kit.units import parse_bytes
+
+if TYPE_CHECKING:
+    from qlora_kit.data.lengths import Lengths
+    from qlora_kit.planning.planner import Plan
+    from qlora_kit.recipe import Recipe
+
+OVER_BUDGET = 1.0  # added to the distance of a recipe for a larger device than there is
+_MODEL = re.compile(r"^  path:\s*([^\s#]+)", re.MULTILINE)
+_BUDGET = re.compile(r"^# planned: \S+ \S+ of (\S+ \S+) on |^  budget:\s*(\d[^\s#]*)", re.MULTILINE)
+_DEVICE = re.compile(r"^  device:\s*([^\s#]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What `plan` has to say.
+
+    Attributes:
+        target: the recipe or model that was asked about.
+        lengths: of the data file, if one was given; the plan is then for its longest row.
+    """
+
+    target: str
+    plan: Plan
+    lengths: Lengths | None = None
+
+    @property
+    def next_step(self) -> str:
+        """The command to go on with: train a recipe; for a model, copy the prepared recipe that is nearest."""
+        if is_recipe(self.target):
+            return f"qlora-kit train {self.target}"
+        name = nearest_recipe(self.plan)
+        if name is None:
+            return "qlora-kit recipes list, and copy the one that is nearest"
+        return f"qlora-kit recipes copy {name} my.yaml, then put your model and data into it"
+
+    @property
+    def notes(self) -> list[str]:
+        """What is known of the data, in lines."""
+        return [] if self.lengths is None else self.lengths.describe()
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan's object, with "data" if a file was given."""
+        data = {} if self.lengths is None else {"data": self.lengths.to_json()}
+        return self.plan.to_json() | data
+
+    def print(self) -> None:
+        """The report on stdout."""
+        from qlora_kit.console import stdout
+        from qlora_kit.planning.report import print_plan
+
+        print_plan(self.plan, stdout, self.next_step, self.notes)
+
+    def write_html(self, path: Path) -> None:
+        """The same as one html file. Raises: DiskError: it cannot be written."""
+        from qlora_kit import files
+        from qlora_kit.planning.html_report import html_report
+
+        files.write_text(path, html_report(self.plan, self.next_step, self.notes))
+
+
+def answer(
+    target: str,
+    overrides: list[str],
+    budget: str | None = None,
+    gpu: str | None = None,
+    *,
+    stack: str = "kit",
+    data: Path | None = None,
+) -> Answer:
+    """Plan a recipe or a model, in a stack, with a data file for its longest row.
+
+    Raises: RecipeError, ModelError, DataError: what is wrong, and where.
+    """
+    recipe = recipe_or_model(target, overrides)
+    if data is None:
+        return Answer(target, plan_recipe(recipe, budget, gpu, stack))
+    lengths = _lengths(recipe, data)
+    planned = recipe.model_copy(update={"data": recipe.data.model_copy(update={"seq_len": lengths.longest_row})})
+    plan = plan_recipe(planned, budget, gpu, stack)
+    return Answer(target, _timed(plan, lengths) if plan.estimated else plan, lengths)
+
+
+def _lengths(recipe: Recipe, data: Path) -> Lengths:
+    """The file as the recipe's run would read it, with the tokenizer of its model."""
+    from qlora_kit.console import note
+    from qlora_kit.data.lengths import measure
+    from qlora_kit.data.tokenize import load_tokenizer
+
+    folder = Path(recipe.model.path).expanduser()
+    if not folder.is_dir():
+        raise RecipeError(
+            f"--data {data}: token lengths need the model's tokenizer, and {recipe.model.path!r} is no local folder; "
+            "download the model and give its folder, such as --set model.path=models/m"
+        )
+    note(f"reading {data} with the tokenizer of {folder}")
+    return measure(data, recipe, load_tokenizer(folder))
+
+
+def _timed(plan: Plan, lengths: Lengths) -> Plan:
+    """The plan with the time of steps of mean rows, and of a run over the file."""
+    from qlora_kit.planning.planner import read_shapes
+    from qlora_kit.planning.timing import estimate
+    from qlora_kit.recipe import Recipe
+
+    settings = Recipe.model_validate(plan.settings)
+    steps = settings.train.steps or math.ceil((settings.train.epochs or 1) * lengths.steps_per_epoch)
+    change = {
+        "data": settings.data.model_copy(update={"seq_len": lengths.mean_row}),
+        "train": settings.train.model_copy(update={"steps": steps, "epochs": None}),
+    }
+    return replace(plan, estimated=estimate(read_shapes(settings), settings.model_copy(update=change), plan.device))
+
+
+# ------------------------------------------------------------------------------------------------ which recipe to copy
+
+
+def nearest_recipe(plan: Plan) -> str | None:
+    """The prepared recipe whose model and memory are nearest to a plan's; None: none is for such a device.
+
+    Distances are logarithmic: of the parameters, and half as heavy of the memory; of equals the shortest name.
+    """
+    candidates = []
+    for path, parameters, memory_bytes in _prepared(plan.device.kind):
+        distance = abs(math.log(parameters / plan.base_parameters))
+        distance += abs(math.log(memory_bytes / plan.budget_bytes)) / 2
+        candidates.append((distance + OVER_BUDGET * (memory_bytes > plan.budget_bytes), len(path.stem), path.stem))
+    return min(candidates)[2] if candidates else None
+
+
+def _prepared(kind: str) -> Iterator[tuple[Path, int, int]]:
+    """(file, parameters, memory) of each prepared recipe for a kind of device and a model of the catalogue.
+
+    Three keys are looked for in the text: parsing YAML would take longer than the plan.
+    """
+    from qlora_kit.planning.shapes import catalogue_entry, model_shapes
+    from qlora_kit.prepared import recipes_folder
+
+    for path in sorted(recipes_folder().glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        model, budget, device = (pattern.search(text) for pattern in (_MODEL, _BUDGET, _DEVICE))
+        entry = catalogue_entry(model[1]) if model else None
+        if entry and budget and (device is None or device[1] in (kind, "auto")):
+            parameters = model_shapes(entry["config"], path.name).total_parameters
+            yield path, parameters, parse_bytes(budget[1] or budget[2])
