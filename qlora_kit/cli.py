@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-recipes_app = typer.Typer(help="The prepared recipes, each with the budget it was planned for.", no_args_is_help=True)
+recipes_app = typer.Typer(help="The prepared recipes, each with what it takes; without a command, `list`.")
 adapter_app = typer.Typer(help="Look at adapters and combine them.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(adapter_app, name="adapter")
@@ -187,17 +187,26 @@ def adapter_compose(
 # ------------------------------------------------------------------------------------------------ recipes and machine
 
 
+@recipes_app.callback(invoke_without_command=True)
+def _recipes(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        recipes_list()
+
+
 @recipes_app.command("list")
 def recipes_list(as_json: AsJson = False) -> None:
-    """The prepared recipes, with what each is for."""
-    from qlora_kit.prepared import prepared_recipes
+    """The prepared recipes: model, planned peak, host memory, tokens a step, and what each is for.
 
-    found = [{"name": name, "about": about, "path": str(path)} for name, (path, about) in prepared_recipes().items()]
+    The figures are those of the plan for the card that a recipe names; `qlora-kit plan` says what it takes on yours.
+    """
+    from qlora_kit.prepared import prepared_recipes, table
+
+    found = [prepared.to_json() for prepared in prepared_recipes().values()]
     if as_json:
         print_json({"recipes": found})
         return
-    for entry in found:
-        print(f"{entry['name']:<28} {entry['about']}")
+    print("\n".join(table(found)))
+    print("next: qlora-kit recipes copy RECIPE my.yaml")
 
 
 @recipes_app.command("show")

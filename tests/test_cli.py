@@ -301,6 +301,7 @@ def test_recipes_are_listed_shown_and_copied(qlora: Qlora, tmp_path: Path) -> No
     listed = json.loads(qlora("recipes", "list", "--json").out)["recipes"]
     assert "quickstart" in [entry["name"] for entry in listed]
     assert "quickstart" in qlora("recipes", "list").out
+    assert qlora("recipes").out == qlora("recipes", "list").out
     shown = qlora("recipes", "show", "quickstart").out
     assert qlora("recipes", "copy", "quickstart", tmp_path / "mine.yaml").code == 0
     assert (tmp_path / "mine.yaml").read_text() == shown

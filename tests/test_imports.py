@@ -21,9 +21,9 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text("utf-8")
 # The order, lowest first: a part imports, at module level, only from rows above its own. A package is one part.
 ORDER = (
     ("", "errors", "units"),  # "": qlora_kit/__init__.py
-    ("files", "console", "architectures", "optimizers", "prepared"),
+    ("files", "console", "architectures", "optimizers"),
     ("recipe",),
-    ("planning", "data"),
+    ("planning", "data", "prepared"),
     ("base",),
     ("adapters",),
     ("profiling",),
