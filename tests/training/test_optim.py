@@ -10,7 +10,6 @@ from qlora_kit.optimizers import OPTIMIZERS
 from qlora_kit.profiling.simulated_device import simulated_device
 from qlora_kit.recipe import Train
 from qlora_kit.training.optim import (
-    MasterWeights,
     build_optimizer,
     join,
     optimizer_state,
@@ -33,8 +32,8 @@ class Trial:
             start = 1.25 + torch.rand(shape, generator=torch.Generator().manual_seed(0)) / 2
             self.parameters[key] = nn.Parameter(start.bfloat16().to(device, dtype))
         self.start = {key: parameter.detach().clone() for key, parameter in self.parameters.items()}
-        optimizer = OPTIMIZERS[name].build(list(self.parameters.values()), lr=1e-4, weight_decay=0.1)
-        self.optimizer = MasterWeights(optimizer) if master_weights else optimizer
+        settings = Train(optimizer=name, lr=1e-4, weight_decay=0.1)
+        self.optimizer = build_optimizer(settings, self.parameters, device, master_weights=master_weights)
 
     def step(self, *numbers: int) -> None:
         """Steps with the bf16 gradients of these numbers."""
