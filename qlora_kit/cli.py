@@ -23,7 +23,9 @@ from qlora_kit.commands import (
     plan_recipe,
     prove_merged,
     recipe_or_model,
+    require_fit,
     section,
+    write_profile,
 )
 from qlora_kit.errors import DiskError, QLoRAKitError, RecipeError, nearest
 
@@ -134,6 +136,9 @@ def plan(
     budget: Annotated[str | None, typer.Option(help="Device memory to plan for, such as 24GiB.")] = None,
     gpu: Annotated[str | None, typer.Option(help="A card of the catalogue, such as rtx-4090.")] = None,
     stack: Annotated[str, typer.Option(help="kit | peft | peft-liger | litgpt: what the run takes elsewhere.")] = "kit",
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Run a step of the real code, shapes only, on a simulated card.")
+    ] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -150,15 +155,22 @@ def plan(
         raise RecipeError(f"--stack: one of {', '.join(STACKS)}, found {stack!r}{nearest(stack, list(STACKS))}")
     if stack != "kit":
         not_built(f"plan --stack {stack}")
-    made = plan_recipe(recipe_or_model(target, overrides or []), budget, gpu)
+    recipe = recipe_or_model(target, overrides or [])
+    made, simulated = plan_recipe(recipe, budget, gpu), None
+    if simulate:
+        from qlora_kit.profiling.simulate import simulate as run_simulation
+
+        simulated = run_simulation(made, recipe)
     if as_json:
-        _print_json(made.to_json())
+        _print_json(made.to_json() | ({} if simulated is None else {"simulated": simulated.to_json()}))
     else:
         from qlora_kit.console import stdout
         from qlora_kit.planning.report import print_plan
 
         print_plan(made, stdout)
-    if not made.fits:
+        for line in simulated.lines(made.components) if simulated is not None else ():
+            print(line)
+    if not made.fits or (simulated is not None and simulated.refused is not None):
         raise typer.Exit(BudgetError.exit_code)
 
 
@@ -177,15 +189,11 @@ def train(
 
     Example: `qlora-kit train my.yaml --set adapter.rank=32 --set output=runs/rank32`
     """
-    from qlora_kit.errors import BudgetError
     from qlora_kit.recipe import load_recipe
 
     recipe = load_recipe(recipe_file, overrides or [])
     made = plan_recipe(recipe)
-    if not made.fits:
-        from qlora_kit.planning.report import verdict
-
-        raise BudgetError("\n  ".join([f"{recipe_file}: {verdict(made)}", *made.suggestions]))
+    require_fit(made, recipe_file)
     from qlora_kit.training.loop import train as run_training
 
     recipe = made.placed(recipe)
@@ -197,13 +205,32 @@ def train(
 
 @app.command()
 def profile(
-    recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE")],
-    steps: int = 3,
+    recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see `qlora-kit recipes`.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.html and timeline.png, the memory of a step over time.")
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run worst-shape steps and report measured bytes per component. Not built yet."""
-    not_built("profile")
+    """Run steps of the worst shape that the data has; report measured bytes of each component beside the plan.
+
+    The real run, its model and data, but nothing is saved. Beside the timed steps one warms up, and one is followed
+    byte by byte.
+
+    Example: `qlora-kit profile my.yaml --out runs/my/profile`
+    """
+    from qlora_kit.recipe import load_recipe
+
+    recipe = load_recipe(recipe_file, overrides or [])
+    made = plan_recipe(recipe)
+    require_fit(made, recipe_file)
+    from qlora_kit.profiling.profiler import profile as run_profile
+
+    found = run_profile(made.placed(recipe), made, steps)
+    if out is not None:
+        write_profile(found, recipe.model.path, out)
+    _print_json(found.to_json()) if as_json else print("\n".join(found.lines()))
 
 
 # ------------------------------------------------------------------------------------------------ using a model
