@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qlora_kit import __version__, model_commands
-from qlora_kit.commands import not_built, plan_recipe
+from qlora_kit.commands import not_built, plan_recipe, require_fit, write_profile
 from qlora_kit.errors import DiskError, QLoRAKitError, RecipeError, nearest
 from qlora_kit.options import AsJson, Overrides, print_json
 
@@ -86,6 +86,9 @@ def plan(
     data: Annotated[
         Path | None, typer.Option(help="Plan for this file's real lengths; needs a local model folder.")
     ] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Run a step of the real code, shapes only, on a simulated card.")
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="Also write the report there, as one html file.")] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -104,14 +107,14 @@ def plan(
         raise RecipeError(f"--stack: one of {', '.join(STACKS)}, found {stack!r}{nearest(stack, list(STACKS))}")
     from qlora_kit.plan_command import answer
 
-    found = answer(target, overrides or [], budget, gpu, stack=stack, data=data)
+    found = answer(target, overrides or [], budget, gpu, stack=stack, data=data, simulate=simulate)
     if html is not None:
         found.write_html(html)
     if as_json:
         print_json(found.to_json())
     else:
         found.print()
-    if not found.plan.fits:
+    if not found.fits:
         raise typer.Exit(BudgetError.exit_code)
 
 
@@ -130,15 +133,11 @@ def train(
 
     Example: `qlora-kit train my.yaml --set adapter.rank=32 --set output=runs/rank32`
     """
-    from qlora_kit.errors import BudgetError
     from qlora_kit.recipe import load_recipe
 
     recipe = load_recipe(recipe_file, overrides or [])
     made = plan_recipe(recipe)
-    if not made.fits:
-        from qlora_kit.planning.report import verdict
-
-        raise BudgetError("\n  ".join([f"{recipe_file}: {verdict(made)}", *made.suggestions]))
+    require_fit(made, recipe_file)
     from qlora_kit.training.loop import train as run_training
 
     recipe = made.placed(recipe)
@@ -150,13 +149,32 @@ def train(
 
 @app.command()
 def profile(
-    recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE")],
-    steps: int = 3,
+    recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see `qlora-kit recipes`.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.html and timeline.png, the memory of a step over time.")
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run worst-shape steps and report measured bytes per component. Not built yet."""
-    not_built("profile")
+    """Run steps of the worst shape that the data has; report measured bytes of each component beside the plan.
+
+    The real run, its model and data, but nothing is saved. Beside the timed steps one warms up, and one is followed
+    byte by byte.
+
+    Example: `qlora-kit profile my.yaml --out runs/my/profile`
+    """
+    from qlora_kit.recipe import load_recipe
+
+    recipe = load_recipe(recipe_file, overrides or [])
+    made = plan_recipe(recipe)
+    require_fit(made, recipe_file)
+    from qlora_kit.profiling.profiler import profile as run_profile
+
+    found = run_profile(made.placed(recipe), made, steps)
+    if out is not None:
+        write_profile(found, recipe.model.path, out)
+    print_json(found.to_json()) if as_json else print("\n".join(found.lines()))
 
 
 # ------------------------------------------------------------------------------------------------ using a model

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qlora_kit import __version__
-from qlora_kit.errors import RecipeError
+from qlora_kit.errors import BudgetError, RecipeError
 
 if TYPE_CHECKING:
     from qlora_kit.base.loader import Base
     from qlora_kit.base.streaming import Placement
     from qlora_kit.planning.planner import Plan
+    from qlora_kit.profiling.profiler import Profile
     from qlora_kit.recipe import Model, Recipe
 
 
@@ -57,6 +58,30 @@ def plan_recipe(recipe: Recipe, budget: str | None = None, gpu: str | None = Non
     if stack != "kit":
         return plan_in_stack(recipe, stack, budget_bytes=budget_bytes, gpu=gpu)
     return make_plan(recipe, budget_bytes=budget_bytes, gpu=gpu)
+
+
+def require_fit(plan: Plan, recipe_file: Path) -> None:
+    """Raises: BudgetError: the plan does not fit; with what would."""
+    if not plan.fits:
+        from qlora_kit.planning.report import verdict
+
+        raise BudgetError("\n  ".join([f"{recipe_file}: {verdict(plan)}", *plan.suggestions]))
+
+
+def write_profile(found: Profile, model: str, folder: Path) -> None:
+    """Write report.html into a folder, and timeline.png if matplotlib is there; say where they are."""
+    from qlora_kit import files
+    from qlora_kit.console import note
+    from qlora_kit.profiling import timeline
+
+    title, drawn = f"{model}: the memory of one step", timeline.layers(found.series)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_text(folder / "report.html", timeline.page(title, found, timeline.svg(drawn)))
+    note(f"{folder / 'report.html'}: the memory of a step over time")
+    try:
+        files.write_bytes(folder / "timeline.png", timeline.png(drawn, title))
+    except RecipeError as problem:
+        note(str(problem))
 
 
 def model_folder(model: str) -> Path:

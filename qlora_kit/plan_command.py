@@ -19,6 +19,7 @@ from qlora_kit.units import parse_bytes
 if TYPE_CHECKING:
     from qlora_kit.data.lengths import Lengths
     from qlora_kit.planning.planner import Plan
+    from qlora_kit.profiling.simulate import Simulated
     from qlora_kit.recipe import Recipe
 
 OVER_BUDGET = 1.0  # added to the distance of a recipe for a larger device than there is
@@ -34,11 +35,18 @@ class Answer:
     Attributes:
         target: the recipe or model that was asked about.
         lengths: of the data file, if one was given; the plan is then for its longest row.
+        simulated: what the real code took on a simulated card, if that was asked for.
     """
 
     target: str
     plan: Plan
     lengths: Lengths | None = None
+    simulated: Simulated | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the plan fits, and the simulation did if there was one."""
+        return self.plan.fits and (self.simulated is None or self.simulated.refused is None)
 
     @property
     def next_step(self) -> str:
@@ -56,9 +64,9 @@ class Answer:
         return [] if self.lengths is None else self.lengths.describe()
 
     def to_json(self) -> dict[str, Any]:
-        """The plan's object, with "data" if a file was given."""
-        data = {} if self.lengths is None else {"data": self.lengths.to_json()}
-        return self.plan.to_json() | data
+        """The plan's object, with "data" if a file was given, and "simulated" if that was asked for."""
+        more = {"data": self.lengths, "simulated": self.simulated}
+        return self.plan.to_json() | {key: value.to_json() for key, value in more.items() if value is not None}
 
     def print(self) -> None:
         """The report on stdout."""
@@ -66,6 +74,8 @@ class Answer:
         from qlora_kit.planning.report import print_plan
 
         print_plan(self.plan, stdout, self.next_step, self.notes)
+        if self.simulated is not None:
+            print("\n".join(self.simulated.lines(self.plan.components)))
 
     def write_html(self, path: Path) -> None:
         """The same as one html file. Raises: DiskError: it cannot be written."""
@@ -83,18 +93,27 @@ def answer(
     *,
     stack: str = "kit",
     data: Path | None = None,
+    simulate: bool = False,
 ) -> Answer:
-    """Plan a recipe or a model, in a stack, with a data file for its longest row.
+    """Plan a recipe or a model, in a stack, with a data file for its longest row; and run a step of it, simulated.
 
     Raises: RecipeError, ModelError, DataError: what is wrong, and where.
     """
-    recipe = recipe_or_model(target, overrides)
-    if data is None:
-        return Answer(target, plan_recipe(recipe, budget, gpu, stack))
-    lengths = _lengths(recipe, data)
-    planned = recipe.model_copy(update={"data": recipe.data.model_copy(update={"seq_len": lengths.longest_row})})
-    plan = plan_recipe(planned, budget, gpu, stack)
-    return Answer(target, _timed(plan, lengths) if plan.estimated else plan, lengths)
+    if simulate and stack != "kit":
+        raise RecipeError(f"--simulate runs this kit's own code, so it cannot be asked about --stack {stack}")
+    recipe, lengths = recipe_or_model(target, overrides), None
+    if data is not None:
+        lengths = _lengths(recipe, data)
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"seq_len": lengths.longest_row})})
+    plan = plan_recipe(recipe, budget, gpu, stack)
+    simulated = _simulated(plan, recipe) if simulate else None
+    return Answer(target, _timed(plan, lengths) if lengths and plan.estimated else plan, lengths, simulated)
+
+
+def _simulated(plan: Plan, recipe: Recipe) -> Simulated:
+    from qlora_kit.profiling.simulate import simulate
+
+    return simulate(plan, recipe)
 
 
 def _lengths(recipe: Recipe, data: Path) -> Lengths:

@@ -29,9 +29,9 @@ from qlora_kit.recipe import load_recipe
 
 # The contract: command -> options. Adding an option is free; a change here is a decision that CHANGELOG.md records.
 CONTRACT = {
-    "plan": "--budget --gpu --stack --data --html --set --json",
+    "plan": "--budget --gpu --stack --data --html --simulate --set --json",
     "train": "--set --resume",
-    "profile": "--steps --json",
+    "profile": "--steps --out --set --json",
     "eval": "--model --adapter --data --format --json",
     "generate": "--model --adapter --prompt --max-new-tokens",
     "merge": "--model --adapter --out --dtype --onto --verify --json",
@@ -49,7 +49,6 @@ MERGE_CHOICES = [
     *[("--onto", choice) for choice in ("auto", "original", "dequantized")],
 ]
 NOT_BUILT = {
-    "profile": ["profile", "r.yaml"],
     "adapter show": ["adapter", "show", "a"],
     "adapter compose": ["adapter", "compose", "a", "b", "--weights", "0.7,0.3", "--out", "o"],
 }
@@ -563,9 +562,56 @@ def test_json_stands_alone_on_stdout_and_words_go_to_stderr(story: Story) -> Non
     assert "rows" not in story.ended["train"].out
 
 
+def test_a_runs_memory_is_planned_beside_measured_component_by_component(story: Story) -> None:
+    memory = json.loads((story.place.output / "memory.json").read_text())
+    planned, measured = memory["planned"]["components"], memory["measured"]["components"]
+    assert list(planned) == COMPONENTS.split()
+    static = ("base_nf4", "quant_constants", "base_unquantized", "adapter", "optimizer")
+    assert {name: measured[name] for name in static} == {name: planned[name] for name in static}
+    assert memory["measured"]["peak_bytes"] > 0
+
+
+def test_a_profile_measures_what_was_planned_and_saves_nothing_but_its_report(qlora: Qlora, place: Place) -> None:
+    ended = qlora("profile", place.recipe, "--steps", 1, "--json", "--out", place.folder / "p")
+    assert (ended.code, ended.out.count("\n")) == (0, 1), ended.err
+    said = json.loads(ended.out)
+    for side in ("planned", "measured"):
+        assert list(said[side]["components"]) == COMPONENTS.split()
+        assert said[side]["peak_bytes"] >= sum(said[side]["components"].values()) > 0
+    for name in ("base_nf4", "quant_constants", "base_unquantized", "adapter", "optimizer"):
+        assert said["measured"]["components"][name] == said["planned"]["components"][name]
+    assert said["tokens_per_s"] > 0
+    assert {path.name for path in (place.folder / "p").iterdir()} == {"report.html", "timeline.png"}
+    assert not place.output.exists()
+
+
+def test_a_profile_for_people_ends_with_the_table(qlora: Qlora, place: Place) -> None:
+    ended = qlora("profile", place.recipe, "--steps", 1)
+    assert ended.code == 0, ended.err
+    assert ended.out.splitlines()[-1].split()[0] == "total"
+    assert "tokens/s on cpu" in ended.out
+
+
+def test_a_plan_is_simulated_beside_itself(qlora: Qlora, place: Place) -> None:
+    ended = qlora("plan", place.recipe, "--simulate", "--json")
+    said = json.loads(ended.out)
+    assert (ended.code, list(said)) == (0, [*PLAN_KEYS.split(), "simulated"])
+    assert said["simulated"]["fits"] is True
+    assert set(said["simulated"]["phases"]) == {"train", "eval"}
+    assert said["simulated"]["components"]["base_nf4"] == said["components"]["base_nf4"]
+    assert "it runs; the peak of a step is in: " in qlora("plan", place.recipe, "--simulate").out
+
+
+def test_a_simulation_that_runs_out_of_memory_ends_with_6(qlora: Qlora, place: Place) -> None:
+    ended = qlora("plan", place.recipe, "--simulate", "--budget", "400KiB")
+    assert ended.code == 6
+    assert "OUT OF MEMORY in: " in ended.out
+
+
 def test_the_end_of_training_says_loss_memory_and_what_comes_next(story: Story) -> None:
     said = story.ended["train"].out
     assert "held-out loss" in said
+    assert "MiB measured, " in said and "  base_nf4 " in said
     assert str(story.adapter) in said
     assert f"qlora-kit merge --model {story.place.model}" in said
 

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qlora_kit.base.device import pick_device
-from qlora_kit.base.linear import FrozenLinear
 from qlora_kit.base.shards import save_tensors
 from qlora_kit.planning.planner import make_plan
 from qlora_kit.recipe import Recipe, load_recipe
 from qlora_kit.training.loop import train_step
-from qlora_kit.training.optim import optimizer_state
+from qlora_kit.training.memory import static_bytes
 from qlora_kit.training.run import Run, assemble, choose_heap, place_base
 from qlora_kit.training.signals import StopRequest
 from tools.harness import Answer, Questions, model_modules, random_examples, serve
@@ -39,30 +37,6 @@ def build_run(recipe: Recipe, steps: int) -> Run:
     return assemble(recipe, base, examples, [], StopRequest())
 
 
-def bytes_of(*tensors: Tensor | None) -> int:
-    """What the tensors take; one that is not here (on meta) takes nothing."""
-    here = (tensor for tensor in tensors if tensor is not None and not tensor.is_meta)
-    return sum(tensor.numel() * tensor.element_size() for tensor in here)
-
-
-def count_tensors(run: Run) -> dict[str, int]:
-    """Bytes of the static components between two steps, by the ledger's names; blocks that are away count nothing."""
-    counted = dict.fromkeys(("base_nf4", "quant_constants", "base_unquantized"), 0)
-    for module in run.base.model.modules():
-        if not isinstance(module, FrozenLinear):
-            trained = {id(parameter) for parameter in run.parameters.values()}
-            own = (value for value in module.parameters(recurse=False) if id(value) not in trained)
-            counted["base_unquantized"] += bytes_of(*own)
-            continue
-        stored = {name: getattr(module, name) for name in module.stored}
-        quantized = module.quantization != "none"
-        counted["base_nf4"] += bytes_of(stored.pop("codes")) if quantized else 0
-        counted["quant_constants" if quantized else "base_unquantized"] += bytes_of(*stored.values())
-        counted["base_unquantized"] += bytes_of(module.bias)
-    state, _ = optimizer_state(run.optimizer, run.parameters)
-    return counted | {"adapter": bytes_of(*run.parameters.values()), "optimizer": bytes_of(*state.values())}
-
-
 def questions(recipe_path: Path, steps: int, gradients: Path | None) -> Questions:
     """Load the run, and answer for it.
 
@@ -77,7 +51,7 @@ def questions(recipe_path: Path, steps: int, gradients: Path | None) -> Question
 
     def before_update(*unused: Any) -> None:
         held = {name: value.grad for name, value in run.parameters.items() if value.grad is not None}
-        seen["gradients"] = bytes_of(*held.values())
+        seen["gradients"] = sum(value.nbytes for value in held.values())
         if gradients is not None:
             save_tensors(gradients, held)
 
@@ -86,7 +60,7 @@ def questions(recipe_path: Path, steps: int, gradients: Path | None) -> Question
         return {key: line[key] for key in ("loss", "tokens", "device_peak_bytes")}
 
     run.optimizer.register_step_pre_hook(before_update)
-    return {"step": step, "components": lambda: {"components": count_tensors(run) | seen}}
+    return {"step": step, "components": lambda: {"components": static_bytes(run) | seen}}
 
 
 def main() -> None:

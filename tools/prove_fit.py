@@ -39,7 +39,7 @@ from tools.harness import (
 SAMPLE_SECONDS = 0.05
 DOES_NOT_FIT = 6
 LIBRARIES_BYTES = 400 << 20  # about; a plan's budget counts neither them nor the interpreter
-MOVING = ("activations", "logits", "workspace")
+MOVING = ("activations", "logits")
 DEFAULTS = PLACEMENTS["disk"] | {"memory.embeddings": "disk"}
 
 
@@ -127,7 +127,7 @@ def recipe_device(recipe: Recipe) -> str:
 def measured(found: dict[str, Any]) -> dict[str, int]:
     """Bytes by the ledger's names: of tensors that could be counted, and what is left of the peak.
 
-    `runtime`: interpreter and libraries; `rest`: activations, logits and workspace, of which only the sum shows.
+    `runtime`: interpreter and libraries; `rest`: activations and logits, of which only the sum shows.
     """
     if "components" not in found:
         return {}

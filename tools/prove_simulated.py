@@ -6,9 +6,8 @@
 
 Why: there is no GPU here, and what fits on one is the point of this kit. How: the planner decides for a card and a
 budget as `plan` does; then transformers' model, the streamer, the loop and bitsandbytes' 8-bit optimizer run a step on
-the simulated device, whose memory is the budget less what a CUDA context takes: one byte more is an error. Tensors
-have shapes and bytes but no values, so a step of a 70B takes seconds and no memory. What an allocator loses to
-fragmentation, and what kernels take inside, is not simulated. Imported by: tests.
+the simulated device (`profiling.simulate`), whose memory is the budget less what a CUDA context takes: one byte more is
+an error. Imported by: tests.
 """
 
 from __future__ import annotations
@@ -24,23 +23,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-
 from qlora_kit import files
-from qlora_kit.data.tokenize import Example
 from qlora_kit.planning.hardware import GIB, Device
 from qlora_kit.planning.planner import Plan, plan_shapes
 from qlora_kit.planning.shapes import catalogue, model_shapes, read_config
-from qlora_kit.profiling.simulated_device import simulated_device
-from qlora_kit.profiling.unfilled import unfilled_base
+from qlora_kit.profiling.simulate import measure
 from qlora_kit.recipe import Recipe, recipe_for_model
-from qlora_kit.training.loop import train_step
-from qlora_kit.training.run import Run, assemble, placement_of
-from qlora_kit.training.signals import StopRequest
 from qlora_kit.units import format_bytes
 
-DEVICE = "simgpu"
-DOCUMENTS = 2  # that share a packed row, so that attention needs its mask
 STEP = (
     "train.optimizer=adamw_8bit",
     "train.grad_accumulation=2",
@@ -98,44 +88,6 @@ class Proof:
     planned_host_bytes: int
     measured_host_bytes: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Bytes at the peak of a step: on the device, and pinned on the host."""
-
-    device_bytes: int
-    host_bytes: int
-
-
-def examples(recipe: Recipe) -> list[Example]:
-    """As many as a step takes, as long as they may be, every token learned."""
-    documents = DOCUMENTS if recipe.data.packing else 1
-    tokens = [1] * (recipe.data.seq_len // documents)
-    rows = recipe.train.micro_batch * recipe.train.grad_accumulation
-    return [Example(tokens, tokens, f"row {number}") for number in range(rows * documents)]
-
-
-def measure(recipe: Recipe, limit_bytes: int | None = None) -> Measured:
-    """One optimizer step of a recipe without `auto`, after the optimizer has its state.
-
-    Raises: torch.OutOfMemoryError: it takes more than `limit_bytes`.
-    """
-    with simulated_device(limit_bytes, shapes_only=True) as device:
-        base = unfilled_base(recipe.model, DEVICE, placement_of(recipe))
-        run = assemble(recipe, base, examples(recipe), [], StopRequest())
-        make_optimizer_state(run)
-        device.reset_peak()
-        train_step(run)
-        return Measured(device.peak_bytes, device.peak_pinned_bytes)
-
-
-def make_optimizer_state(run: Run) -> None:
-    """Its state is made in an optimizer's first step: one with gradients of zero, which needs no forward."""
-    for parameter in run.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
 
 
 def plan_case(case: Case, folder: Path) -> tuple[Recipe, Plan]:

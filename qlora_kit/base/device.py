@@ -101,6 +101,21 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def runtime_bytes(device: torch.device) -> int:
+    """Memory of the device beside `peak_bytes`: what the allocator had to reserve more, and on CUDA the context.
+
+    On CUDA that is all that is in use on the card and not the allocator's, other processes' too. 0 on the CPU, where
+    nobody can say.
+    """
+    if device.type == "cpu":
+        return 0
+    slack: int = _allocator().max_memory_reserved(device) - _allocator().max_memory_allocated(device)
+    if device.type != "cuda":
+        return slack
+    free, total = torch.cuda.mem_get_info(device)
+    return slack + total - free - torch.cuda.memory_reserved(device)
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory of the device that nobody uses."""
     if device.type == "cuda":

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_kit.base.owners import owner
 from qlora_kit.base.shards import Entry, Shards, bytes_of
 
 
@@ -75,13 +76,14 @@ class Slots:
         largest = max((source.size_bytes for source in self.sources.values()), default=0)
         needs_slots = any(self._needs_slot(source) for source in self.sources.values())
         staged = self._accelerated and any(source.host is None for source in self.sources.values())
-        self._slots = [
-            _Slot(
-                torch.empty(largest, dtype=torch.uint8, device=device),
-                torch.empty(largest, dtype=torch.uint8, pin_memory=True) if staged else None,
-            )
-            for _ in range(min(count, len(self.sources)) if needs_slots else 0)
-        ]
+        with owner("workspace"):
+            self._slots = [
+                _Slot(
+                    torch.empty(largest, dtype=torch.uint8, device=device),
+                    torch.empty(largest, dtype=torch.uint8, pin_memory=True) if staged else None,
+                )
+                for _ in range(min(count, len(self.sources)) if needs_slots else 0)
+            ]
         # One stream for each thread that copies: the caller's, and the reader's.
         self._host_copies = torch.Stream(device=device) if self._accelerated and needs_slots else None
         self._file_copies = torch.Stream(device=device) if staged else None
@@ -95,9 +97,9 @@ class Slots:
             weakref.finalize(self, self._jobs.put, None)
 
     @property
-    def slot_bytes(self) -> int:
-        """Device memory of all slots."""
-        return sum(slot.buffer.numel() for slot in self._slots)
+    def buffers(self) -> list[Tensor]:
+        """Device memory of all slots, uint8."""
+        return [slot.buffer for slot in self._slots]
 
     @contextlib.contextmanager
     def lent(self, index: int, following: int | None = None) -> Iterator[Tensor]:

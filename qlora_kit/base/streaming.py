@@ -115,9 +115,9 @@ class BlockStreamer:
         self._slots = Slots({index: block.source for index, block in self.blocks.items()}, shards, device, slots)
 
     @property
-    def slot_bytes(self) -> int:
-        """Device memory of all slots."""
-        return self._slots.slot_bytes
+    def buffers(self) -> list[Tensor]:
+        """Device memory of all slots, uint8."""
+        return self._slots.buffers
 
     @contextlib.contextmanager
     def block(self, index: int, following: int | None) -> Iterator[None]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterator
 import torch
 from torch import Tensor
 
+from qlora_kit.base.owners import owner
 from qlora_kit.planning.components import aligned
 
 
@@ -27,6 +28,11 @@ class Workspace:
         self._held: dict[Hashable, Tensor] = {}
         self._used_bytes = 0
         self._holding = False
+
+    @property
+    def buffer(self) -> Tensor | None:
+        """The room, uint8; None: nothing was dequantized yet."""
+        return self._buffer
 
     def weight(
         self,
@@ -64,5 +70,6 @@ class Workspace:
     def _room(self, size_bytes: int, device: torch.device) -> Tensor:
         if self._buffer is None or self._buffer.numel() < size_bytes or self._buffer.device != device:
             self._buffer = None  # before the larger one is asked for
-            self._buffer = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+            with owner("workspace"):
+                self._buffer = torch.empty(size_bytes, dtype=torch.uint8, device=device)
         return self._buffer

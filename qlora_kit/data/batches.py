@@ -139,6 +139,11 @@ class Batches:
         """The micro-batch with the worst shape that any step can have: what fits this, fits the run."""
         return _collate(self._examples, self._rows[: self._micro_batch], self._seq_len, self._pad_id)
 
+    def worst(self) -> list[MicroBatch]:
+        """A step of the longest rows; its first micro-batch is `longest`."""
+        rows = self._rows[: self._rows_per_step]
+        return _chunks(self._examples, rows, self._micro_batch, self._seq_len, self._pad_id)
+
     def _epoch(self, epoch: int) -> list[int]:
         if self._order[0] != epoch:
             self._order = (epoch, permutation(len(self._rows), self._seed, epoch))

@@ -33,7 +33,6 @@ from torch.utils._device import _device_constructors
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from qlora_kit.profiling.simulated_kernels import FUSED, attention, keeps_values
-from qlora_kit.profiling.simulated_memory import owner
 from qlora_kit.profiling.simulated_streams import (
     NAME,
     Event,
@@ -52,7 +51,7 @@ from qlora_kit.profiling.simulated_tensor import (
 )
 from qlora_kit.profiling.simulated_timeline import DeviceRaceError
 
-__all__ = ["DeviceRaceError", "SimulatedDevice", "owner", "simulated_device"]
+__all__ = ["DeviceRaceError", "SimulatedDevice", "simulated_device"]
 
 _UNLIMITED_BYTES = 1 << 50  # what is said to be the total where there is no limit
 _run_backward = torch.autograd._engine_run_backward

@@ -3,37 +3,21 @@
 How: an `Allocation` stands for one storage and dies with the last tensor that views it; sizes are rounded up to 512
 bytes as CUDA's caching allocator does. Not simulated: that allocator's own slack (fragmentation, blocks of 2 and
 20 MiB kept for later), workspaces inside a kernel, the 300-600 MiB of a CUDA context.
-Imported by: simulated_timeline, simulated_tensor, simulated_device.
+Imported by: simulated_timeline, simulated_tensor, tracker.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from qlora_kit.base.owners import current_owner
+
 ROUND_BYTES = 512  # kMinBlockSize of c10/cuda/CUDACachingAllocator.cpp
-_OWNER = "qlora_kit.simulated.owner"  # one of torch's thread-local objects, which the threads of backward inherit
-
-
-@contextlib.contextmanager
-def owner(name: str) -> Iterator[None]:
-    """Tag what is allocated in this block, and in a backward that it starts: `with owner("base_nf4"): ...`."""
-    before = current_owner()
-    torch._C._stash_obj_in_tls(_OWNER, name)
-    try:
-        yield
-    finally:
-        torch._C._stash_obj_in_tls(_OWNER, before)
-
-
-def current_owner() -> str:
-    """The innermost tag; "" outside of every `owner`."""
-    return torch._C._get_obj_in_tls(_OWNER) if torch._C._is_key_in_tls(_OWNER) else ""
 
 
 class Allocation:
@@ -41,7 +25,7 @@ class Allocation:
 
     Attributes:
         size_bytes: taken from the limit, a multiple of 512.
-        owner: tag of the `owner` block that it was made in.
+        owner: tag of the block that it was made in (`base.owners`).
         history: which streams used it, and how: `simulated_timeline.History`.
     """
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from qlora_kit.adapters.lora import DropoutSeed
 from qlora_kit.base.linear import frozen_linears
 from qlora_kit.base.loader import Base
+from qlora_kit.base.owners import hand_over, mark
 from qlora_kit.planning.components import aligned
 from qlora_kit.training.offload import InputStore, input_store
 from qlora_kit.training.tiles import TokenWise
@@ -46,6 +47,7 @@ class _RunBlock(torch.autograd.Function):
     def forward(ctx: Any, runner: BlockRunner, calls: Sequence[Call], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.runner, ctx.calls, ctx.with_input, ctx.kept = runner, calls, ctx.needs_input_grad[2], _Kept()
         runner.latest, outputs = weakref.ref(ctx.kept), []
+        mark("forward", runner.index)
         with runner.weights(runner.index + 1, reused=len(calls) > 1):
             for hidden, call in zip(tensors, calls):
                 output, kept = runner.run_and_keep(hidden, call, ctx.with_input)
@@ -57,6 +59,7 @@ class _RunBlock(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         runner, parameters, grad_inputs = ctx.runner, ctx.runner.parameters(), []
+        mark("backward", runner.index)
         with runner.weights(runner.index - 1, reused=len(ctx.calls) > 1 or runner.recomputes):
             for call, grad in zip(ctx.calls, grads):
                 hidden, output = runner.graph_of(ctx.kept, call, ctx.with_input)
@@ -80,6 +83,7 @@ def _accumulate(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor | Non
             parameter.grad = grad
         elif grad is not None:
             parameter.grad += grad
+    hand_over("gradients", (parameter.grad for parameter in parameters))
 
 
 @dataclass
@@ -254,6 +258,7 @@ def last_hidden_states(base: Base, batches: Sequence[Any], dropout_keys: Sequenc
         recorded.append(calls)
     for runner, of_block in zip(runners, zip(*recorded, strict=True)):
         hiddens = list(runner.run(hiddens, of_block))
+    mark("final norm")
     return [
         _around_blocks(base, batch, settings, lambda *_, after=hidden: after, inputs_embeds=hidden.detach())
         for batch, hidden in zip(batches, hiddens)

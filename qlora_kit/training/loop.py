@@ -26,13 +26,14 @@ from qlora_kit.base.device import (
     return_freed_memory,
     trim_freed_memory,
 )
+from qlora_kit.base.owners import mark, owner
 from qlora_kit.console import note, warn
 from qlora_kit.errors import NonFiniteError, RecipeError, Stopped
-from qlora_kit.profiling.report import write_memory
 from qlora_kit.recipe import Recipe
 from qlora_kit.training.checkpoint import load_checkpoint, rotate, save_checkpoint
 from qlora_kit.training.evaluate import Evaluation, evaluate
 from qlora_kit.training.loss import batch_losses
+from qlora_kit.training.memory import out_of_memory, write_memory
 from qlora_kit.training.metrics import Metrics, open_metrics
 from qlora_kit.training.run import Run, choose_heap, prepare
 from qlora_kit.training.schedule import learning_rate
@@ -81,8 +82,11 @@ def train(recipe: Recipe, *, resume: bool = False, restart: bool = False, plan: 
             _remove_run(output)
         files.write_text(output / "recipe.yaml", recipe.to_yaml())
         files.write_json(output / "plan.json", plan)
-        result = _steps(run)
-        write_memory(output / "memory.json", plan, run.base.device, before_bytes)
+        try:
+            result = _steps(run)
+        except torch.OutOfMemoryError as refused:
+            raise out_of_memory(run, refused) from None
+        write_memory(output / "memory.json", plan, run, before_bytes)
         return result
 
 
@@ -157,11 +161,14 @@ def train_step(run: Run) -> dict[str, Any]:
     for start in range(0, len(micro_batches), run.together):
         if run.stop:
             _stop(run)
+        mark("embedding")
         batches = micro_batches[start : start + run.together]
         keys = [(settings.seed, step, start + index) for index in range(len(batches))]
         loss = torch.stack(batch_losses(run.base, batches, run.chunk_tokens, keys)).sum()
+        mark("head backward")
         (loss / max(1, learned)).backward()
         total += loss.detach()
+    mark("optimizer")
     trim_freed_memory()
     norm = clip(list(run.parameters.values()), settings.max_grad_norm)
     lr = learning_rate(step, total=run.total_steps, peak=settings.lr, warmup=settings.warmup, kind=settings.schedule)
@@ -169,7 +176,8 @@ def train_step(run: Run) -> dict[str, Any]:
     if finite:
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        run.optimizer.step()
+        with owner("optimizer"):
+            run.optimizer.step()
     else:
         warn(f"step {step + 1}: loss {total.item()}, gradient norm {norm.item()}: the step is skipped")
         run.progress.skipped_steps += 1

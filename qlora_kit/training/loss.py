@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_kit.base.loader import Base
+from qlora_kit.base.owners import mark, owner
 from qlora_kit.base.vocabulary import FetchedHead, Head, ResidentHead
 from qlora_kit.data.tokenize import IGNORE_INDEX
 from qlora_kit.planning.components import LOSS_CHUNK_VOCABULARY
@@ -67,6 +68,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: Head, chunk: tuple[int, int], softcap: float | None
     ) -> Tensor:
+        mark("loss")
         learned = (targets_N != IGNORE_INDEX).nonzero().squeeze(1)
         targets, order = targets_N[learned].sort(stable=True)
         learned = learned[order]
@@ -122,9 +124,10 @@ class _Tile:
     ) -> None:
         (self.tokens, self.rows), self.softcap, self.with_grad = chunk, softcap, with_grad
         size = min(self.tokens, len(hidden_ND)) * min(self.rows, vocabulary)
-        self.wide = hidden_ND.new_empty(size, dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
-        self._narrow = self.wide if hidden_ND.dtype == self.wide.dtype else hidden_ND.new_empty(size)
-        self._squares = torch.empty_like(self.wide) if softcap is not None and with_grad else None
+        with owner("logits"):
+            self.wide = hidden_ND.new_empty(size, dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
+            self._narrow = self.wide if hidden_ND.dtype == self.wide.dtype else hidden_ND.new_empty(size)
+            self._squares = torch.empty_like(self.wide) if softcap is not None and with_grad else None
 
     def logits(self, hidden_CD: Tensor, rows_VD: Tensor) -> Tensor:
         """[C, v] in fp32, capped; in the buffer `wide`."""

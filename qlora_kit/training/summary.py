@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qlora_kit.profiling.report import memory_line
 from qlora_kit.recipe import Recipe
 from qlora_kit.training.loop import Result
+from qlora_kit.training.memory import memory_lines
 from qlora_kit.units import format_seconds
 
 
@@ -18,6 +18,6 @@ def print_summary(recipe: Recipe, result: Result) -> None:
     if last is not None:
         before = f"{first.loss:.4f} -> " if first is not None and first is not last else ""
         print(f"held-out loss {before}{last.loss:.4f} ({last.tokens:,} tokens), best at step {result.best_step}")
-    print(memory_line(output / "memory.json"))
+    print("\n".join(memory_lines(output / "memory.json")))
     print(f"adapter in {output / 'adapter'}")
     print(f"next: qlora-kit merge --model {recipe.model.path} --adapter {output / 'adapter'} --out {output / 'merged'}")

@@ -63,7 +63,7 @@ def test_copies_to_a_device_are_waited_for(from_files, count, tmp_path):
     with simulated_device() as device:
         sources, shards = file_sources(tmp_path) if from_files else (host_sources(), Shards([]))
         slots = Slots(sources, shards, torch.device("simgpu"), count)
-        assert device.live_bytes == count * 1024 and slots.slot_bytes == count * SIZE
+        assert device.live_bytes == count * 1024 and sum(map(len, slots.buffers)) == count * SIZE
         walk(slots, ORDER)
 
 
@@ -72,7 +72,7 @@ def test_host_memory_is_used_in_place_on_a_cpu():
     slots = Slots(sources, Shards([]), torch.device("cpu"))
     with slots.lent(0) as buffer:
         assert buffer.data_ptr() == sources[0].host.data_ptr()
-    assert slots.slot_bytes == 0
+    assert slots.buffers == []
 
 
 @pytest.mark.parametrize("from_files", [True, False])

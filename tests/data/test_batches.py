@@ -217,3 +217,11 @@ def test_examples_that_no_row_can_hold_are_a_bug_of_the_caller(packing: bool) ->
         eval_batches(random_examples(8, 9), micro_batch=1, seq_len=8, packing=packing, pad_id=0)
     with pytest.raises(ValueError, match="no examples"):
         eval_batches([], micro_batch=1, seq_len=8, packing=packing, pad_id=0)
+
+
+def test_the_worst_step_is_made_of_the_longest_rows() -> None:
+    examples = [Example([1] * length, [1] * length, "") for length in (3, 9, 5, 7, 8)]
+    shape: dict[str, Any] = {"micro_batch": 2, "grad_accumulation": 2, "seq_len": 16, "packing": False}
+    batches = Batches(examples, **shape, seed=0, pad_id=0)
+    assert [batch.documents for batch in batches.worst()] == [[[9], [8]], [[7], [5]]]
+    assert torch.equal(batches.worst()[0].input_ids, batches.longest().input_ids)

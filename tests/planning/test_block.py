@@ -11,8 +11,9 @@ from qlora_kit.architectures import ARCHITECTURES
 from qlora_kit.planning import block
 from qlora_kit.planning import moments as ledger
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
+from qlora_kit.profiling.simulate import measure
 from qlora_kit.recipe import Recipe, recipe_for_model
-from tools.prove_simulated import STEP, measure
+from tools.prove_simulated import STEP
 
 SIZES = {"vocab_size": 512, "hidden_size": 512, "num_hidden_layers": 3, "num_attention_heads": 8}
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -11,8 +11,9 @@ import pytest
 from qlora_kit.planning import moments as ledger
 from qlora_kit.planning.components import COMPONENTS
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
+from qlora_kit.profiling.simulate import measure
 from qlora_kit.recipe import Recipe, recipe_for_model
-from tools.prove_simulated import STEP, measure
+from tools.prove_simulated import STEP
 
 CONFIG = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3}
 CONFIG |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 512, "tie_word_embeddings": False}

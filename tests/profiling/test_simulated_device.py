@@ -22,8 +22,9 @@ from qlora_kit.adapters.inject import inject, trainable_parameters
 from qlora_kit.architectures import ARCHITECTURES
 from qlora_kit.base.linear import FrozenLinear
 from qlora_kit.base.loader import Base, load_base
+from qlora_kit.base.owners import owner
 from qlora_kit.planning.shapes import catalogue
-from qlora_kit.profiling.simulated_device import DeviceRaceError, owner, simulated_device
+from qlora_kit.profiling.simulated_device import DeviceRaceError, simulated_device
 from qlora_kit.profiling.unfilled import unfilled_base
 from qlora_kit.recipe import Adapter, Model
 from qlora_kit.training.blocks import attach

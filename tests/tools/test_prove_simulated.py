@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tools.prove_simulated import CASES, Case, Proof, main, measure, plan_case, prove
+from qlora_kit.profiling.simulate import measure
+from tools.prove_simulated import CASES, Case, Proof, main, plan_case, prove
 
 SHALLOW = [
     Case("70b", "llama-3-70b", 8, 7.2, ("data.seq_len=2048",), layers=8),

@@ -1,0 +1,119 @@
+"""What a run holds, by component, and predicted against measured: a run's `memory.json` and the end of `train`.
+
+How: the static components are the tensors that the run holds between two steps, told apart here and nowhere else; what
+moves within a step only `qlora-kit profile` can tell apart. The peak as a whole is the allocator's, or on a CPU the
+process' peak resident memory less what the interpreter and its libraries held before the base was loaded.
+Imported by: training.loop, training.summary, profiling, tools.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kit import files
+from qlora_kit.base.device import peak_bytes, runtime_bytes
+from qlora_kit.base.linear import FrozenLinear
+from qlora_kit.base.loader import Base
+from qlora_kit.errors import BudgetError
+from qlora_kit.planning.comparison import comparison
+from qlora_kit.planning.planner import make_plan
+from qlora_kit.training.optim import optimizer_state
+from qlora_kit.training.run import Run
+from qlora_kit.units import format_bytes
+
+STATIC = ("base_nf4", "quant_constants", "base_unquantized", "adapter", "optimizer", "workspace")
+SHORT_OF = 0.95  # of a planned peak that was too much
+
+
+def static_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
+    """(component, tensor) of all that the run holds on its device between two steps; what is away is not among them."""
+    yield from _base_tensors(run.base, {id(parameter) for parameter in run.parameters.values()})
+    yield from (("adapter", parameter) for parameter in run.parameters.values())
+    state, _ = optimizer_state(run.optimizer, run.parameters)
+    kind = run.base.device.type  # torch's own optimizers count their steps on the host
+    yield from (("optimizer", tensor) for tensor in state.values() if tensor.device.type == kind)
+
+
+def _base_tensors(base: Base, trained: set[int]) -> Iterator[tuple[str, Tensor]]:
+    buffers = [] if base.streamer is None else list(base.streamer.buffers)
+    workspaces = {linear.workspace for linear in base.linears().values() if linear.workspace is not None}
+    buffers += [workspace.buffer for workspace in workspaces if workspace.buffer is not None]
+    yield from (("workspace", buffer) for buffer in buffers)
+    for linear in base.linears().values():
+        yield from (entry for entry in _linear_tensors(linear) if not entry[1].is_meta)
+    others = (value for value in base.model.parameters() if id(value) not in trained)  # a tied one once
+    yield from (("base_unquantized", value) for value in others if not value.is_meta)
+
+
+def _linear_tensors(linear: FrozenLinear) -> Iterator[tuple[str, Tensor]]:
+    for name in linear.stored:
+        quantized = "base_nf4" if name == "codes" else "quant_constants"
+        yield "base_unquantized" if linear.quantization == "none" else quantized, getattr(linear, name)
+    if linear.bias is not None:
+        yield "base_unquantized", linear.bias
+
+
+def static_bytes(run: Run) -> dict[str, int]:
+    """Bytes of each of STATIC."""
+    counted = dict.fromkeys(STATIC, 0)
+    for component, tensor in static_tensors(run):
+        counted[component] += tensor.nbytes
+    return counted
+
+
+def write_memory(path: Path, plan: dict[str, Any] | None, run: Run, before_bytes: int) -> None:
+    """Write `{"planned": {...}, "measured": {...}}`; bytes throughout.
+
+    Args:
+        plan: what `plan --json` says of the run.
+        before_bytes: what the process held before the base was loaded.
+    """
+    device, components = run.base.device, static_bytes(run)
+    peak = peak_bytes(device)
+    measured: dict[str, Any] = {"peak_bytes": peak, "device": device.type}
+    if device.type == "cpu":
+        measured |= {"interpreter_bytes": before_bytes, "peak_bytes": peak - before_bytes}
+    else:
+        components["runtime"] = runtime_bytes(device)
+        measured["peak_bytes"] += components["runtime"]
+    measured["components"] = components
+    planned = {key: plan[key] for key in ("components", "peak_bytes")} if plan else None
+    files.write_json(path, {"planned": planned, "measured": measured})
+
+
+def out_of_memory(run: Run, refused: torch.OutOfMemoryError) -> BudgetError:
+    """What to raise when a step ran out of memory: what holds it, and the smallest changes that are planned to fit.
+
+    They are planned to SHORT_OF of what this run was planned to, since that was too much.
+    """
+    run.optimizer.zero_grad(set_to_none=True)
+    held = {name: count for name, count in static_bytes(run).items() if count}
+    plan = make_plan(run.recipe)
+    smaller = make_plan(run.recipe, budget_bytes=int(SHORT_OF * plan.peak_bytes))
+    return BudgetError(
+        "\n  ".join(
+            [
+                f"out of memory in step {run.progress.step + 1}: {str(refused).splitlines()[0]}",
+                "held all through: " + ", ".join(f"{name} {format_bytes(count)}" for name, count in held.items()),
+                "the rest are activations, logits and gradients; planned peak " + format_bytes(plan.peak_bytes),
+                *(f"less memory with: {line}" for line in smaller.suggestions),
+            ]
+        )
+    )
+
+
+def memory_lines(path: Path) -> list[str]:
+    """A run's `memory.json` for people: one line, and the components below it if there was a plan."""
+    memory = json.loads(path.read_text())
+    measured = memory["measured"]["peak_bytes"]
+    if memory["planned"] is None:
+        return [f"peak memory {format_bytes(measured)}"]
+    planned = memory["planned"]["peak_bytes"]
+    peak = f"peak memory {format_bytes(measured)} measured, {format_bytes(planned)} planned"
+    return [peak, *comparison(memory["planned"]["components"], memory["measured"]["components"])]
