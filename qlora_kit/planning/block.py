@@ -49,13 +49,13 @@ def _heads(shapes: ModelShapes, recipe: Recipe) -> tuple[int, int]:
     """Widths of the queries, and of the keys as attention takes them; the values' is the same.
 
     With a mask, or without a fused kernel, key and value heads are repeated to the number of query heads first
-    (transformers' `repeat_kv`).
+    (transformers' `repeat_kv`); a single one is repeated as a view.
     """
     row = shapes.architecture
     query = shapes.linear(row.attention_out).in_features
-    produced = sum(shapes.linear(name).out_features for name in row.attention_in)
+    key = (sum(shapes.linear(name).out_features for name in row.attention_in) - query) // 2
     repeated = is_masked(shapes, recipe) or row.eager_attention
-    return query, query if repeated else (produced - query) // 2
+    return query, query if repeated and key > query // shapes.heads else key
 
 
 def _attention_values(shapes: ModelShapes, recipe: Recipe) -> int:

@@ -42,6 +42,15 @@ def recipe_with(*overrides: str) -> Recipe:
     return recipe_for_model("llama-7b", overrides)
 
 
+def step_bytes(config: dict[str, object], settings: tuple[str, ...], folder: Path) -> tuple[int, int]:
+    """Peak of a step on the device, planned and measured."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    recipe = recipe_for_model(str(path), [*STEP, *SMALL, f"output={folder / 'run'}", *settings])
+    moments = ledger.training_moments(shapes_of(str(path)), recipe, 0)
+    return max(map(ledger.total, moments.values())), measure(recipe).device_bytes
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -53,12 +62,14 @@ def recipe_with(*overrides: str) -> Recipe:
 )
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_step_takes_what_is_planned(model_type: str, settings: tuple[str, ...], tmp_path: Path) -> None:
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"model_type": model_type, **CONFIGS[model_type]}))
-    recipe = recipe_for_model(str(config), [*STEP, *SMALL, f"output={tmp_path / 'run'}", *settings])
-    moments = ledger.training_moments(shapes_of(str(config)), recipe, 0)
-    planned, measured = max(map(ledger.total, moments.values())), measure(recipe).device_bytes
+    planned, measured = step_bytes({"model_type": model_type, **CONFIGS[model_type]}, settings, tmp_path)
     assert 0.985 * measured <= planned <= 1.04 * measured, f"{planned / measured:.4f}"
+
+
+def test_a_single_key_head_is_repeated_as_a_view_which_takes_nothing(tmp_path: Path) -> None:
+    config = {**CONFIGS["gemma3_text"], "model_type": "gemma3_text", "num_key_value_heads": 1}
+    planned, measured = step_bytes(config, ("data.packing=false", "data.seq_len=512"), tmp_path)
+    assert planned == pytest.approx(measured, rel=0.015)
 
 
 def test_one_block_of_llama_2_70b_takes_56_hidden_bytes_a_token_in_backward() -> None:
