@@ -75,6 +75,7 @@ def test_the_tensors_of_a_run_are_the_plans_static_components_to_the_byte(tiny_s
     loss = asked["step"]()["loss"]
     found = asked["components"]()["components"]
     planned = static_ledger(model_shapes(*read_config(str(model))), recipe, 0)
+    assert 0 < found.pop("workspace") <= planned["workspace"]  # as large as it had to grow
     assert found == {name: planned[name] for name in found} and len(found) == 6
     assert 4 < loss < 6 and (tmp_path / "gradients").stat().st_size > found["gradients"]
 
