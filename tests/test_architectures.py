@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_kit.architectures import ARCHITECTURES, PLANNED_ONLY, architecture_of, dimension, final_softcap, flag, tied
+from qlora_kit.architecture_parts import dimension, flag
+from qlora_kit.architectures import ARCHITECTURES, PLANNED_ONLY, architecture_of, final_softcap, tied
 from qlora_kit.errors import ModelError
 from qlora_kit.planning.shapes import model_shapes
 

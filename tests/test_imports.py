@@ -21,7 +21,8 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text("utf-8")
 # The order, lowest first: a part imports, at module level, only from rows above its own. A package is one part.
 ORDER = (
     ("", "errors", "units"),  # "": qlora_kit/__init__.py
-    ("files", "console", "architectures", "optimizers"),
+    ("files", "console", "architecture_parts", "optimizers"),
+    ("architectures",),
     ("recipe",),
     ("planning", "data", "prepared"),
     ("base",),
@@ -35,7 +36,18 @@ ORDER = (
 )
 RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}
 # The torch line: what is planned, checked or said before a run must not wait for seconds of imports.
-LIGHT_PARTS = {"", "errors", "units", "files", "console", "architectures", "optimizers", "prepared", "recipe"}
+LIGHT_PARTS = {
+    "",
+    "errors",
+    "units",
+    "files",
+    "console",
+    "architecture_parts",
+    "architectures",
+    "optimizers",
+    "prepared",
+    "recipe",
+}
 LIGHT_PARTS |= {"planning", "doctor", "commands", "options", "cli", "__main__"}
 LIGHT_PARTS |= {"model_commands", "plan_command"}
 LIGHT_FILES = {f"data/{name}.py" for name in ("__init__", "formats", "templates", "tokenize", "packing", "lengths")}

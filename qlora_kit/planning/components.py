@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
-from qlora_kit.architectures import LinearShape
+from qlora_kit.architecture_parts import LinearShape
 from qlora_kit.optimizers import OPTIMIZERS
 from qlora_kit.planning.quantities import (
     DTYPE_BYTES,

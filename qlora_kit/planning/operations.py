@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from qlora_kit.architectures import LinearShape
+from qlora_kit.architecture_parts import LinearShape
 from qlora_kit.planning.components import loss_chunk_tokens
 from qlora_kit.planning.quantities import targets, tokens
 from qlora_kit.planning.shapes import ModelShapes

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import lru_cache
 
-from qlora_kit.architectures import LinearShape
+from qlora_kit.architecture_parts import LinearShape
 from qlora_kit.planning.shapes import ModelShapes, select_targets
 from qlora_kit.recipe import Recipe
 

@@ -17,19 +17,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.architectures import (
-    Architecture,
+from qlora_kit.architecture_parts import (
     Config,
     LinearShape,
     TensorShape,
-    architecture_of,
-    final_softcap,
     head_count,
     hidden_size,
     layer_count,
-    tied,
     vocabulary_size,
 )
+from qlora_kit.architectures import Architecture, architecture_of, final_softcap, tied
 from qlora_kit.errors import ModelError, RecipeError, nearest
 
 CONFIG_BYTES_LIMIT = 16 << 20

@@ -8,7 +8,7 @@ Imports no torch. Imported by planning/stack_moments and planning/stack_litgpt.
 
 from __future__ import annotations
 
-from qlora_kit.architectures import LinearShape
+from qlora_kit.architecture_parts import LinearShape
 from qlora_kit.planning.block import is_masked
 from qlora_kit.planning.quantities import FP32, is_quantized, selections
 from qlora_kit.planning.shapes import ModelShapes

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from qlora_kit.adapters.inject import inject, trainable_parameters
-from qlora_kit.architectures import ARCHITECTURES, LinearShape
+from qlora_kit.architecture_parts import LinearShape
+from qlora_kit.architectures import ARCHITECTURES
 from qlora_kit.base.loader import load_base
 from qlora_kit.base.streaming import Placement
 from qlora_kit.base.vocabulary import ResidentHead
