@@ -22,7 +22,7 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text("utf-8")
 ORDER = (
     ("", "errors", "units"),  # "": qlora_kit/__init__.py
     ("files", "console", "architecture_parts", "optimizers"),
-    ("architectures",),
+    ("architectures", "recipe_yaml"),
     ("recipe",),
     ("planning", "data", "prepared"),
     ("base",),
@@ -36,18 +36,8 @@ ORDER = (
 )
 RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}
 # The torch line: what is planned, checked or said before a run must not wait for seconds of imports.
-LIGHT_PARTS = {
-    "",
-    "errors",
-    "units",
-    "files",
-    "console",
-    "architecture_parts",
-    "architectures",
-    "optimizers",
-    "prepared",
-    "recipe",
-}
+LIGHT_PARTS = {"", "errors", "units", "files", "console", "architecture_parts", "architectures", "optimizers"}
+LIGHT_PARTS |= {"prepared", "recipe", "recipe_yaml"}
 LIGHT_PARTS |= {"planning", "doctor", "commands", "options", "cli", "__main__"}
 LIGHT_PARTS |= {"model_commands", "plan_command"}
 LIGHT_FILES = {f"data/{name}.py" for name in ("__init__", "formats", "templates", "tokenize", "packing", "lengths")}
@@ -236,7 +226,7 @@ def test_only_files_writes_and_nothing_runs_code_from_a_file(name: str) -> None:
 def test_the_recipes_loader_is_a_safe_one() -> None:
     import yaml
 
-    from qlora_kit.recipe import _Dumper, _Loader
+    from qlora_kit.recipe_yaml import _Dumper, _Loader
 
     assert issubclass(_Loader, yaml.SafeLoader)
     assert issubclass(_Dumper, yaml.SafeDumper)

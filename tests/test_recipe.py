@@ -11,7 +11,8 @@ import yaml
 
 from qlora_kit import recipe as module
 from qlora_kit.errors import RecipeError
-from qlora_kit.recipe import RECIPE_BYTES_LIMIT, Recipe, known_keys, load_recipe, recipe_for_model
+from qlora_kit.recipe import Recipe, known_keys, load_recipe, recipe_for_model
+from qlora_kit.recipe_yaml import RECIPE_BYTES_LIMIT
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 SMALLEST = "model: {path: m}\ndata: {train: t.jsonl}\n"
