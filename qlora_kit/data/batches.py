@@ -7,7 +7,7 @@ Packed documents are kept apart by position ids that begin anew at 0: transforme
 mask from them (masking_utils.find_packed_sequence_indices) as long as neither an attention mask nor a cache
 is given, so call the model with `use_cache=False`, and with sdpa or eager attention. Padding stands on the
 right, where causal attention never looks, and counts on, so it needs no mask either.
-Shapes: B rows, T tokens of the longest row, rounded up to PAD_MULTIPLE but never above seq_len.
+Shapes: B rows, T tokens of the longest row, padded as `packing.padded_width` says.
 Imported by training, profiling and evaluation.
 """
 
@@ -20,10 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_kit.data.packing import pack
+from qlora_kit.data.packing import pack, padded_width
 from qlora_kit.data.tokenize import IGNORE_INDEX, Example
 
-PAD_MULTIPLE = 32  # tokens; a kernel that is compiled for each new shape (oneDNN) then meets few of them
 Row = list[int]  # indices of the examples that share a row
 
 
@@ -67,7 +66,7 @@ def _rows(examples: Sequence[Example], seq_len: int, packing: bool) -> list[Row]
 
 def _collate(examples: Sequence[Example], rows: Sequence[Row], seq_len: int, pad_id: int) -> MicroBatch:
     documents = [[len(examples[index].input_ids) for index in row] for row in rows]
-    width = min(-(-max(map(sum, documents)) // PAD_MULTIPLE) * PAD_MULTIPLE, seq_len)
+    width = padded_width(max(map(sum, documents)), seq_len)
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     targets = torch.full((len(rows), width), IGNORE_INDEX, dtype=torch.long)
     position_ids = torch.empty((len(rows), width), dtype=torch.long)

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.data.packing import pack
+from qlora_kit.data.packing import pack, padded_width
 from qlora_kit.data.tokenize import DataReport, load_examples, split_examples
 from qlora_kit.recipe import Recipe
 
 UNCUT = 1 << 31  # a seq_len that no document reaches
-PAD_MULTIPLE = 32  # of `data.batches`, which imports torch; a test holds them together
 PERCENTILES = (10, 50, 90, 99)
 BAR_CELLS = 24
 
@@ -49,7 +48,7 @@ class Lengths:
     @property
     def longest_row(self) -> int:
         """Positions of the widest batch: the longest row, padded as a run pads it."""
-        return _width(max(self.rows), self.seq_len)
+        return padded_width(max(self.rows), self.seq_len)
 
     @property
     def mean_row(self) -> int:
@@ -125,16 +124,12 @@ def _edge(count: int) -> int:
     return (count - 1).bit_length()
 
 
-def _width(count: int, seq_len: int) -> int:
-    return min(-(-count // PAD_MULTIPLE) * PAD_MULTIPLE, seq_len)
-
-
 def _padding(rows: Sequence[int], micro_batch: int, seq_len: int) -> float:
     """Share of padding when so many rows at a time are padded to the longest of them."""
     positions = 0
     for start in range(0, len(rows), micro_batch):
         batch = rows[start : start + micro_batch]
-        positions += len(batch) * _width(max(batch), seq_len)
+        positions += len(batch) * padded_width(max(batch), seq_len)
     return 1 - sum(rows) / positions
 
 

@@ -10,9 +10,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from qlora_kit.data import batches
 from qlora_kit.data.batches import Batches
-from qlora_kit.data.lengths import PAD_MULTIPLE, Lengths, measure
+from qlora_kit.data.lengths import Lengths, measure
 from qlora_kit.data.tokenize import load_examples
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import Recipe, recipe_for_model
@@ -109,7 +108,3 @@ def test_a_line_of_no_use_is_named(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "t.jsonl").write_text('{"prompt": "a"}\n')
     with pytest.raises(DataError, match="t.jsonl:1"):
         measure(tmp_path / "t.jsonl", recipe(), tokenizer)
-
-
-def test_rows_are_padded_as_batches_are() -> None:
-    assert PAD_MULTIPLE == batches.PAD_MULTIPLE

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from qlora_kit.data.packing import pack
+from qlora_kit.data.packing import pack, padded_width
 
 
 def drawn_lengths(count: int, longest: int, seed: int = 0) -> list[int]:
@@ -54,3 +54,7 @@ def test_a_length_that_no_row_takes_is_a_bug_of_the_caller(length: int) -> None:
 
 def test_nothing_packs_to_nothing() -> None:
     assert pack([], 10) == []
+
+
+def test_a_row_is_padded_to_a_multiple_of_32_but_not_beyond_seq_len() -> None:
+    assert [padded_width(longest, 100) for longest in (1, 32, 33, 97, 100)] == [32, 32, 64, 100, 100]
