@@ -5,7 +5,7 @@
     python -m tools.prove_recipes --write               plan only, and write the `# planned:` lines anew
 
 Why: a recipe that runs out of memory is worse than none. How: card and free host memory are read from the recipe's own
-head, so every machine plans the same; the step is that of `tools.prove_simulated`, the real training code with the
+head, so every machine plans the same; the step is that of `profiling.simulate`, the real training code with the
 budget as its limit. Imported by: tests.
 """
 
@@ -20,6 +20,7 @@ from unittest import mock
 from qlora_kit import files
 from qlora_kit.planning.planner import Plan, make_plan
 from qlora_kit.prepared import CPU, Prepared, Promise, prepared_recipes
+from qlora_kit.profiling.simulate import measure
 from qlora_kit.recipe import Recipe, load_recipe
 from qlora_kit.units import format_bytes
 
@@ -81,8 +82,6 @@ def prove(prepared: Prepared) -> Kept:
     Micro-batches after the second group repeat it, gradients there, so they are left out.
     Raises: torch.OutOfMemoryError: the promise is not kept.
     """
-    from tools.prove_simulated import measure
-
     recipe, plan = plan_prepared(prepared)
     runtime, group = plan.components["runtime"], plan.settings["memory"]["micro_batches_together"]
     limit = plan.budget_bytes - runtime

@@ -121,7 +121,9 @@ def unfilled_run(recipe: Recipe, held_out: bool = False) -> Run:
 
 
 def make_optimizer_state(run: Run) -> None:
-    """Its state is made in an optimizer's first step: one with gradients of zero, which needs no forward."""
+    """torch's own optimizers make it in their first step: here one with gradients of zero, which needs no forward."""
+    if run.optimizer.state:  # bitsandbytes': `training.optim` has made it
+        return
     _make_gradients(run)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
