@@ -18,7 +18,7 @@ from typing import Literal
 
 from qlora_kit.architecture_parts import LinearShape
 from qlora_kit.planning.components import loss_chunk_tokens
-from qlora_kit.planning.quantities import targets, tokens
+from qlora_kit.planning.quantities import is_quantized, recomputed_blocks, targets, together, tokens
 from qlora_kit.planning.shapes import ModelShapes
 from qlora_kit.recipe import Recipe
 
@@ -47,14 +47,6 @@ class Product:
 
 Products = defaultdict[Product, float]  # how often each; the part of one that is needed is a fraction
 PARTS = ("forward", "recomputation", "backward", "adapter", "attention", "head")
-
-
-def recomputed_blocks(shapes: ModelShapes, recipe: Recipe) -> int:
-    """Blocks whose forward runs twice; where nobody has decided yet (`auto`), the least: none."""
-    wanted = recipe.memory.gradient_checkpointing
-    if isinstance(wanted, bool):
-        return shapes.layers if wanted else 0
-    return 0 if wanted == "auto" else min(wanted, shapes.layers)
 
 
 def _runs(shapes: ModelShapes, recipe: Recipe) -> Iterator[tuple[int, bool, bool, list[LinearShape]]]:
@@ -120,13 +112,12 @@ def dequantizations(shapes: ModelShapes, recipe: Recipe) -> Counter[tuple[int, i
     """How often a linear of each [O, I] is dequantized in an optimizer step.
 
     Forward and backward need each weight once, recomputation once more, unless it is kept from there to its use in
-    backward (`memory.keep_dequantized`); micro-batches that run together share it. `auto` counts as the least.
+    backward (`memory.keep_dequantized`; `auto` counts as true); micro-batches that run together share it.
     """
     needed: Counter[tuple[int, int]] = Counter()
-    if recipe.model.quantization == "none":
+    if not is_quantized(recipe):
         return needed
-    together, again = recipe.memory.micro_batches_together, recomputed_blocks(shapes, recipe)
-    runs = 1 if together == "auto" else -(-recipe.train.grad_accumulation // together)
+    again, runs = recomputed_blocks(shapes, recipe), -(-recipe.train.grad_accumulation // together(recipe))
     kept = again > 0 and recipe.memory.keep_dequantized is not False
     for linear in shapes.linears:
         uses = 2 * shapes.layers

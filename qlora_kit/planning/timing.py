@@ -22,8 +22,8 @@ from typing import Any, Literal
 from qlora_kit.planning import activations, block, components
 from qlora_kit.planning.gpus import CARDS, Card
 from qlora_kit.planning.hardware import Device
-from qlora_kit.planning.operations import Products, count_products, dequantizations, recomputed_blocks
-from qlora_kit.planning.quantities import host_blocks, resident_blocks, together, value_bytes
+from qlora_kit.planning.operations import Products, count_products, dequantizations
+from qlora_kit.planning.quantities import host_blocks, recomputed_blocks, resident_blocks, together, value_bytes
 from qlora_kit.planning.shapes import ModelShapes
 from qlora_kit.recipe import Recipe
 

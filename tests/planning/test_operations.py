@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from qlora_kit.planning.operations import count_products, dequantizations, recomputed_blocks
+from qlora_kit.planning.operations import count_products, dequantizations
+from qlora_kit.planning.quantities import recomputed_blocks
 from qlora_kit.planning.shapes import model_shapes, read_config
 from qlora_kit.planning.suggest import changed
 from qlora_kit.recipe import recipe_for_model
