@@ -6,7 +6,6 @@ Heavy imports stand inside the functions: a plan imports no torch, and only `--d
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.commands import is_recipe, plan_recipe, recipe_or_model
 from qlora_kit.errors import RecipeError
-from qlora_kit.units import parse_bytes
 
 if TYPE_CHECKING:
     from qlora_kit.data.lengths import Lengths
@@ -23,9 +21,6 @@ if TYPE_CHECKING:
     from qlora_kit.recipe import Recipe
 
 OVER_BUDGET = 1.0  # added to the distance of a recipe for a larger device than there is
-_MODEL = re.compile(r"^  path:\s*([^\s#]+)", re.MULTILINE)
-_BUDGET = re.compile(r"^# planned: \S+ \S+ of (\S+ \S+) on |^  budget:\s*(\d[^\s#]*)", re.MULTILINE)
-_DEVICE = re.compile(r"^  device:\s*([^\s#]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -156,25 +151,20 @@ def nearest_recipe(plan: Plan) -> str | None:
     Distances are logarithmic: of the parameters, and half as heavy of the memory; of equals the shortest name.
     """
     candidates = []
-    for path, parameters, memory_bytes in _prepared(plan.device.kind):
+    for name, parameters, memory_bytes in _prepared(plan.device.kind):
         distance = abs(math.log(parameters / plan.base_parameters))
         distance += abs(math.log(memory_bytes / plan.budget_bytes)) / 2
-        candidates.append((distance + OVER_BUDGET * (memory_bytes > plan.budget_bytes), len(path.stem), path.stem))
+        candidates.append((distance + OVER_BUDGET * (memory_bytes > plan.budget_bytes), len(name), name))
     return min(candidates)[2] if candidates else None
 
 
-def _prepared(kind: str) -> Iterator[tuple[Path, int, int]]:
-    """(file, parameters, memory) of each prepared recipe for a kind of device and a model of the catalogue.
-
-    Three keys are looked for in the text: parsing YAML would take longer than the plan.
-    """
+def _prepared(kind: str) -> Iterator[tuple[str, int, int]]:
+    """(name, parameters, memory) of each prepared recipe for a kind of device and a model of the catalogue."""
     from qlora_kit.planning.shapes import catalogue_entry, model_shapes
-    from qlora_kit.prepared import recipes_folder
+    from qlora_kit.prepared import CPU, prepared_recipes
 
-    for path in sorted(recipes_folder().glob("*.yaml")):
-        text = path.read_text(encoding="utf-8")
-        model, budget, device = (pattern.search(text) for pattern in (_MODEL, _BUDGET, _DEVICE))
-        entry = catalogue_entry(model[1]) if model else None
-        if entry and budget and (device is None or device[1] in (kind, "auto")):
-            parameters = model_shapes(entry["config"], path.name).total_parameters
-            yield path, parameters, parse_bytes(budget[1] or budget[2])
+    for prepared in prepared_recipes().values():
+        entry = catalogue_entry(prepared.model)
+        if entry and kind == ("cpu" if prepared.promise.card == CPU else "cuda"):
+            parameters = model_shapes(entry["config"], prepared.name).total_parameters
+            yield prepared.name, parameters, prepared.promise.budget_bytes

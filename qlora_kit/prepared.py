@@ -25,6 +25,7 @@ _PLANNED = re.compile(
     rf"{_SIZE} of disk beside {_SIZE} of base$",
     re.MULTILINE,
 )
+_MODEL = re.compile(r"^  path:\s*([^\s#]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,13 @@ class Prepared:
 
     Attributes:
         about: what it is for, its first line.
+        model: its `model.path`.
     """
 
     name: str
     path: Path
     about: str
+    model: str
     promise: Promise
 
     def load(self) -> Recipe:
@@ -78,7 +81,7 @@ class Prepared:
         """For `recipes list --json`."""
         recipe = self.load()
         tokens = recipe.data.seq_len * recipe.train.micro_batch * recipe.train.grad_accumulation
-        about = {"name": self.name, "about": self.about, "path": str(self.path), "model": recipe.model.path}
+        about = {"name": self.name, "about": self.about, "path": str(self.path), "model": self.model}
         return about | {"tokens_per_step": tokens} | vars(self.promise)
 
 
@@ -90,15 +93,19 @@ def recipes_folder() -> Path:
 
 
 def prepared_recipes() -> dict[str, Prepared]:
-    """By name, those for the smallest devices first. Raises: RecipeError: a head without its two lines."""
+    """By name, those for the smallest devices first. Raises: RecipeError: a head without its two lines, or no model."""
     found = [_prepared(path) for path in sorted(recipes_folder().glob("*.yaml"))]
     found.sort(key=lambda one: (one.promise.card != CPU, one.promise.budget_bytes))
     return {one.name: one for one in found}
 
 
 def _prepared(path: Path) -> Prepared:
+    """What is found in the text of a recipe: parsing all of them would take longer than a plan."""
     text = path.read_text(encoding="utf-8")
-    return Prepared(path.stem, path, text.partition("\n")[0].lstrip("# "), read_promise(text, path))
+    model = _MODEL.search(text)
+    if model is None:
+        raise RecipeError(f"{path}: no line like `  path: MODEL` below `model:`")
+    return Prepared(path.stem, path, text.partition("\n")[0].lstrip("# "), model[1], read_promise(text, path))
 
 
 def read_promise(text: str, path: Path) -> Promise:

@@ -9,24 +9,31 @@ import pytest
 from qlora_kit import prepared
 from qlora_kit.errors import DiskError, RecipeError
 from qlora_kit.plan_command import Answer, answer, nearest_recipe
+from qlora_kit.planning.hardware import GIB
+from qlora_kit.prepared import Promise
 
-TEXT = "# {name}\nmodel:\n  path: {model}  # or a folder\nmemory:\n  budget: {budget}\ntrain:\n  device: {device}\n"
+TEXT = "# {name}\n{promise}\nmodel:\n  path: {model}  # or a folder\n"
 RECIPES = {
-    "llama-70b-24gb": ("meta-llama/Llama-3.1-70B", "22.5GiB", "cuda"),
-    "llama-8b-24gb": ("meta-llama/Llama-3.1-8B", "22.5GiB", "cuda"),
-    "llama-8b-24gb-32k": ("meta-llama/Llama-3.1-8B", "22.5GiB", "cuda"),
-    "llama-8b-8gb": ("meta-llama/Llama-3.1-8B", "7.5GiB", "auto"),
-    "qwen-cpu": ("Qwen/Qwen2.5-0.5B", "4GiB", "cpu"),
-    "unknown": ("somebody/something", "24GiB", "cuda"),
+    "llama-70b-24gb": ("meta-llama/Llama-3.1-70B", 22.5, "rtx-4090"),
+    "llama-8b-24gb": ("meta-llama/Llama-3.1-8B", 22.5, "rtx-4090"),
+    "llama-8b-24gb-32k": ("meta-llama/Llama-3.1-8B", 22.5, "rtx-4090"),
+    "llama-8b-8gb": ("meta-llama/Llama-3.1-8B", 7.5, "rtx-3070"),
+    "qwen-cpu": ("Qwen/Qwen2.5-0.5B", 4, "cpu"),
+    "unknown": ("somebody/something", 24, "rtx-4090"),
 }
+
+
+def text(name: str, model: str, budget_gib: float, card: str) -> str:
+    promise = Promise(0, int(budget_gib * GIB), card, 0, 0, 0, 0)
+    return TEXT.format(name=name, model=model, promise=promise)
 
 
 @pytest.fixture(autouse=True)
 def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "recipes"
     folder.mkdir()
-    for name, (model, budget, device) in RECIPES.items():
-        (folder / f"{name}.yaml").write_text(TEXT.format(name=name, model=model, budget=budget, device=device))
+    for name, (model, budget_gib, card) in RECIPES.items():
+        (folder / f"{name}.yaml").write_text(text(name, model, budget_gib, card))
     monkeypatch.setattr(prepared, "recipes_folder", lambda: folder)
     return folder
 
@@ -56,8 +63,7 @@ def test_the_nearest_recipe_in_model_and_memory_is_named(
 
 
 def test_what_a_recipes_head_promises_is_its_memory(recipes: Path) -> None:
-    head = "# planned: 9.0 GiB of 10.0 GiB on rtx-3080-10gb, and more\n"
-    (recipes / "headed.yaml").write_text(head + TEXT.format(model="gpt2", budget="auto", device="cuda", name="n"))
+    (recipes / "headed.yaml").write_text(text("n", "gpt2", 10, "rtx-3080-10gb"))
     assert nearest_recipe(planned("gpt2", "rtx-3080-10gb").plan) == "headed"
 
 
