@@ -26,6 +26,7 @@ def test_every_promise_holds_on_the_cpu():
     assert done.returncode == 0
 
 
+@pytest.mark.slow  # a minute; tests/base and tests/training hold each of them there on their own
 def test_every_promise_holds_on_a_device_with_late_copies(monkeypatch):
     monkeypatch.setattr(functional, "name2qmap", dict(functional.name2qmap))  # bitsandbytes keeps tables for good
     with simulated_device():

@@ -23,8 +23,9 @@ from statistics import median
 from typing import Any
 
 from qlora_kit.errors import QLoRAKitError
+from qlora_kit.planning.moments import total
 from qlora_kit.planning.shapes import ModelShapes, model_shapes
-from qlora_kit.planning.stack_moments import CUBLAS_BYTES, in_stack, stack_peak, static_ledger, total
+from qlora_kit.planning.stack_moments import CUBLAS_BYTES, in_stack, stack_peak, static_ledger
 from qlora_kit.planning.stacks import Stack, find_stack
 from qlora_kit.recipe import Recipe, recipe_for_model
 

@@ -14,6 +14,7 @@ from qlora_kit.planning import components
 from qlora_kit.planning.block import score_bytes
 from qlora_kit.planning.components import COMPONENTS, Ledger
 from qlora_kit.planning.decide import with_memory
+from qlora_kit.planning.moments import total
 from qlora_kit.planning.quantities import FP32, is_quantized, recomputed_blocks, tokens
 from qlora_kit.planning.shapes import ModelShapes
 from qlora_kit.planning.stack_block import HALF, block_bytes, is_wide, kept_inputs, mlp_backward_bytes, value
@@ -222,11 +223,6 @@ def _litgpt(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> Added:
         "loss": (activations, int(logits * litgpt_logits(shapes, recipe, stack)), 0),
         "head": (activations, logits * at_head, weight),
     }
-
-
-def total(ledger: Ledger) -> int:
-    """Sum of the components."""
-    return sum(ledger.values())
 
 
 def stack_peak(shapes: ModelShapes, recipe: Recipe, stack: Stack, runtime_bytes: int) -> tuple[str, Ledger]:

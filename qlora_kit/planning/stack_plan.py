@@ -13,10 +13,11 @@ from typing import Any
 from qlora_kit.architectures import ARCHITECTURES
 from qlora_kit.planning import components
 from qlora_kit.planning.hardware import Device, device_for
+from qlora_kit.planning.moments import total
 from qlora_kit.planning.phases import MERGED_DTYPE_BYTES, Phase
 from qlora_kit.planning.planner import Plan, plan_shapes
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
-from qlora_kit.planning.stack_moments import in_stack, stack_moments, stack_peak, static_ledger, total
+from qlora_kit.planning.stack_moments import in_stack, stack_moments, stack_peak, static_ledger
 from qlora_kit.planning.stacks import STACKS
 from qlora_kit.planning.suggest import changed
 from qlora_kit.recipe import Recipe

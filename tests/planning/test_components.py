@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -165,6 +166,7 @@ def test_static_bytes_of_a_loaded_base_and_adapter_are_those_of_the_plan(
 
 def peak_bytes_of(call: Callable[[], object]) -> int:
     """Most bytes that torch's CPU allocator held at once during the call, beside what was there before."""
+    gc.collect()  # what an earlier test left would be freed during the call, and be taken off
     with torch.profiler.profile(profile_memory=True) as profiler:
         call()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -11,10 +11,11 @@ from qlora_kit.architectures import ARCHITECTURES, PLANNED_ONLY
 from qlora_kit.errors import ModelError
 from qlora_kit.planning.components import COMPONENTS
 from qlora_kit.planning.hardware import GIB, Device
+from qlora_kit.planning.moments import total
 from qlora_kit.planning.planner import make_plan, plan_shapes
 from qlora_kit.planning.report import MOMENTS, stack_line
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
-from qlora_kit.planning.stack_moments import BATCH_BYTES, in_stack, stack_moments, stack_peak, static_ledger, total
+from qlora_kit.planning.stack_moments import BATCH_BYTES, in_stack, stack_moments, stack_peak, static_ledger
 from qlora_kit.planning.stack_plan import plan_in_stack, plan_shapes_in_stack
 from qlora_kit.planning.stacks import PUBLISHED, STACKS, Stack, find_stack
 from qlora_kit.recipe import Recipe, recipe_for_model

@@ -37,7 +37,8 @@ WORDS = [f"w{index}" for index in range(120)]
 @pytest.fixture(scope="module")
 def model(tiny_model, tmp_path_factory) -> Path:
     """A tiny llama with a tokenizer of 124 words."""
-    folder = tiny_model("llama")
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    shutil.copytree(tiny_model("llama"), folder)
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
