@@ -15,13 +15,14 @@ import torch
 
 from qlora_kit.base.device import pick_device
 from qlora_kit.base.shards import save_tensors
+from qlora_kit.base.source import libraries
 from qlora_kit.planning.planner import make_plan
 from qlora_kit.recipe import Recipe, load_recipe
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.memory import static_bytes
 from qlora_kit.training.run import Run, assemble, choose_heap, place_base
 from qlora_kit.training.signals import StopRequest
-from tools.harness import Answer, Questions, model_modules, random_examples, serve
+from tools.harness import Answer, Questions, random_examples, serve
 
 RANDOM_B = 0.01  # standard deviation
 
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="how many have data of their own")
     parser.add_argument("--gradients", type=Path, help="write each step's here")
     options = parser.parse_args()
-    modules = (*model_modules(load_recipe(options.recipe).model.path), "bitsandbytes.optim")
+    modules = libraries(load_recipe(options.recipe).model.path)
     serve(modules, lambda: questions(options.recipe, options.steps, options.gradients))
 
 

@@ -33,7 +33,7 @@ from qlora_kit.recipe import Recipe
 from qlora_kit.training.checkpoint import load_checkpoint, rotate, save_checkpoint
 from qlora_kit.training.evaluate import Evaluation, evaluate
 from qlora_kit.training.loss import batch_losses
-from qlora_kit.training.memory import out_of_memory, write_memory
+from qlora_kit.training.memory import interpreter_bytes, out_of_memory, write_memory
 from qlora_kit.training.metrics import Metrics, open_metrics
 from qlora_kit.training.run import Run, choose_heap, prepare
 from qlora_kit.training.schedule import learning_rate
@@ -69,7 +69,7 @@ def train(recipe: Recipe, *, resume: bool = False, restart: bool = False, plan: 
         _require_unclaimed(output, resume or restart)
         for folder in (output, output / "adapter", output / "best"):
             files.sweep(folder)
-        before_bytes = resident_bytes()
+        before_bytes = interpreter_bytes(recipe)
         if plan is None:
             return_freed_memory()
         else:

@@ -8,6 +8,7 @@ Imported by: training.loop, training.summary, profiling, tools.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,18 +18,27 @@ import torch
 from torch import Tensor
 
 from qlora_kit import files
-from qlora_kit.base.device import peak_bytes, runtime_bytes
+from qlora_kit.base.device import peak_bytes, resident_bytes, runtime_bytes
 from qlora_kit.base.linear import FrozenLinear
 from qlora_kit.base.loader import Base
+from qlora_kit.base.source import libraries
 from qlora_kit.errors import BudgetError
 from qlora_kit.planning.comparison import comparison
 from qlora_kit.planning.planner import make_plan
+from qlora_kit.recipe import Recipe
 from qlora_kit.training.optim import optimizer_state
 from qlora_kit.training.run import Run
 from qlora_kit.units import format_bytes
 
 STATIC = ("base_nf4", "quant_constants", "base_unquantized", "adapter", "optimizer", "workspace")
 SHORT_OF = 0.95  # of a planned peak that was too much
+
+
+def interpreter_bytes(recipe: Recipe) -> int:
+    """What the process holds with every library that the run will use, before it has read anything of its own."""
+    for module in libraries(recipe.model.path, recipe.model.revision):
+        importlib.import_module(module)
+    return resident_bytes()
 
 
 def static_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
