@@ -42,7 +42,7 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
 
 
 def libraries(model: str, revision: str | None = None) -> tuple[str, ...]:
-    """Modules that a run of the model imports sooner or later; imported first, they are not taken for the run's memory."""
+    """Modules that a run of the model imports sooner or later; to be imported before its memory is counted."""
     model_type = read_config(model, revision)[0]["model_type"]
     name = model_type.removesuffix("_text")
     return (

@@ -9,6 +9,7 @@ Imported by: the `train` command, the quickstart, tests.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,13 @@ from qlora_kit.training.evaluate import Evaluation, evaluate
 from qlora_kit.training.loss import batch_losses
 from qlora_kit.training.memory import interpreter_bytes, out_of_memory, write_memory
 from qlora_kit.training.metrics import Metrics, open_metrics
+from qlora_kit.training.report import write_report
 from qlora_kit.training.run import Run, choose_heap, prepare
 from qlora_kit.training.schedule import learning_rate
 from qlora_kit.training.signals import stop_on_signal
 
 NON_FINITE_LIMIT = 5  # steps in a row that may be skipped
+Step = Callable[[Run], dict[str, Any]]  # one optimizer step of a run -> its line of metrics
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,21 @@ class Result:
     seconds: float
 
 
-def train(recipe: Recipe, *, resume: bool = False, restart: bool = False, plan: dict[str, Any] | None = None) -> Result:
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    plan: dict[str, Any] | None = None,
+    first_step: Step | None = None,
+) -> Result:
     """Train the adapter of a recipe and save it under `output`.
 
     Args:
         resume: continue from the newest checkpoint below `output`.
         restart: throw away the run that `output` holds.
         plan: what `plan --json` says of this recipe; kept in the run's folder beside what is measured.
+        first_step: makes the first step in `train_step`'s place, to measure it (`profiling.profiler.followed_step`).
     Raises: every error of `qlora_kit.errors` that the user's files can cause; Stopped: a signal came, state is saved.
     """
     output = Path(recipe.output)
@@ -83,16 +94,17 @@ def train(recipe: Recipe, *, resume: bool = False, restart: bool = False, plan: 
         files.write_text(output / "recipe.yaml", recipe.to_yaml())
         files.write_json(output / "plan.json", plan)
         try:
-            result = _steps(run)
+            result = _steps(run, first_step or train_step)
         except torch.OutOfMemoryError as refused:
             raise out_of_memory(run, refused) from None
         write_memory(output / "memory.json", plan, run, before_bytes)
+        write_report(output)
         return result
 
 
 def _present(output: Path) -> list[Path]:
     """What a run has left in its folder."""
-    names = ("checkpoints", "adapter", "best", "metrics.jsonl", "memory.json")
+    names = ("checkpoints", "adapter", "best", "metrics.jsonl", "memory.json", "report.html")
     return [output / name for name in names if (output / name).exists()]
 
 
@@ -110,8 +122,8 @@ def _remove_run(output: Path) -> None:
         files.remove_folder(path) if path.is_dir() else path.unlink()
 
 
-def _steps(run: Run) -> Result:
-    """From `run.progress` to the last step."""
+def _steps(run: Run, make_step: Step) -> Result:
+    """From `run.progress` to the last step; `make_step` makes the first of them."""
     reset_peak(run.base.device)
     started, first, last, loss = time.monotonic(), None, None, None
     settings = run.recipe.train
@@ -128,7 +140,7 @@ def _steps(run: Run) -> Result:
             first = last = _evaluate(run, metrics)
         skipped_in_a_row = 0
         while run.progress.step < run.total_steps:
-            line = train_step(run)
+            line, make_step = make_step(run), train_step
             skipped_in_a_row = skipped_in_a_row + 1 if line.get("skipped") else 0
             if skipped_in_a_row == NON_FINITE_LIMIT:
                 raise NonFiniteError(

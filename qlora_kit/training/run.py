@@ -45,9 +45,24 @@ FREE_KEYS = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class Peak:
+    """What was in use at the highest point of a step that was followed byte by byte.
+
+    Attributes:
+        step: its number, from 1.
+        place: the part of the step in which that was.
+        components: bytes by the ledger's names and OTHER.
+    """
+
+    step: int
+    place: str
+    components: dict[str, int]
+
+
 @dataclass
 class Run:
-    """Everything that a step needs."""
+    """Everything that a step needs; `peak` is of a step that was followed, if one was."""
 
     recipe: Recipe
     base: Base
@@ -59,6 +74,7 @@ class Run:
     identity: dict[str, str]
     progress: Progress
     stop: StopRequest
+    peak: Peak | None = None
 
     @property
     def output(self) -> Path:
