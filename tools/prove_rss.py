@@ -5,7 +5,7 @@
 Why: on a CPU the budget is the process' own memory, and nobody but the kernel counts it. How: for each case a random
 base (tools/random_base.py) with a tokenizer of made-up words and data of them; `qlora-kit train` runs three steps in a
 fresh process, and its `memory.json` says what it held with all libraries imported and what it held at most (VmHWM).
-The difference of both stands beside the planned peak. Exit code 1: a case is further off than TOLERANCE.
+The difference of both stands beside the planned peak.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit import files
+from qlora_kit.planning.calibration import OFF
 from qlora_kit.units import format_bytes
 from tools.harness import add_common, carry_out, command, table, write_recipe
 
@@ -43,14 +44,16 @@ class Case:
 
 
 CASES = (
-    Case("1B x 4, on the device", "llama-3.2-1b", 4, {"data.seq_len": 512}),
+    Case("1B x 4, on the device", "llama-3.2-1b", 4),
     Case("1B x 4, 2048 tokens", "llama-3.2-1b", 4, {"data.seq_len": 2048}),
-    Case("1B x 4, from disk", "llama-3.2-1b", 4, {"data.seq_len": 512} | DISK),
-    Case("1B x 4, packing", "llama-3.2-1b", 4, {"data.seq_len": 512, "data.packing": True}),
+    Case("1B x 4, from disk", "llama-3.2-1b", 4, DISK),
+    Case("1B x 4, packing", "llama-3.2-1b", 4, {"data.packing": True}),
     Case("1B x 4, rank 64, AdamW", "llama-3.2-1b", 4, {"adapter.rank": 64, "train.optimizer": "adamw"}),
     Case("1B x 4, kept activations", "llama-3.2-1b", 4, {"memory.gradient_checkpointing": False}),
+    Case("1B x 4, tight budget", "llama-3.2-1b", 4, {"memory.budget": 1000 << 20}),
     Case("7B x 4, on the device", "llama-2-7b", 4, {"data.seq_len": 256}),
-    Case("1B x 4, bf16", "llama-3.2-1b", 4, {"data.seq_len": 512}, dense=True),
+    Case("7B x 4, tight budget", "llama-2-7b", 4, {"data.seq_len": 256, "memory.budget": 1300 << 20}),
+    Case("1B x 4, bf16", "llama-3.2-1b", 4, dense=True),
 )
 
 
@@ -121,12 +124,15 @@ def show(found: dict[str, Any]) -> None:
         sizes = (measured["interpreter_bytes"], case["planned"], measured["peak_bytes"])
         rows.append([case["case"], *map(format_bytes, sizes), f"{100 * case['off']:+.1f} %"])
     print(table(rows))
+    worst = max(abs(case["off"]) for case in found["cases"])
+    print(f"furthest off: {100 * worst:.1f} %; at most {100 * TOLERANCE:.0f} % are allowed")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     add_common(parser)
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    os.environ[OFF] = "1"  # the plan's constants are on trial, not what was measured here before
     return carry_out(parser.parse_args(), measure, show)
 
 

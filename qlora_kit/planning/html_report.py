@@ -15,7 +15,7 @@ from qlora_kit import pages
 from qlora_kit.pages import COLOURS, bar, commands, folded, page, paragraphs, percent, pieces, section, swatch
 from qlora_kit.planning.components import COMPONENTS
 from qlora_kit.planning.planner import Plan
-from qlora_kit.planning.report import MEANINGS, MOMENTS, run_lines, stack_line, verdict
+from qlora_kit.planning.report import MOMENTS, meaning, run_lines, stack_line, verdict
 from qlora_kit.units import format_bytes
 
 
@@ -50,7 +50,7 @@ def _components(plan: Plan) -> str:
     rows = [
         f'<tr><td>{swatch(name)}</td><td class="n">{format_bytes(plan.components[name])}</td>'
         f'<td class="bar">{bar(plan.components[name], whole, COLOURS[name])}</td>'
-        f'<td class="what dim">{escape(MEANINGS[name])}</td></tr>'
+        f'<td class="what dim">{escape(meaning(plan, name))}</td></tr>'
         for name in COMPONENTS
         if plan.components[name]
     ]

@@ -24,6 +24,7 @@ from qlora_kit.planning.planner import Plan
 from qlora_kit.planning.report import MOMENTS
 from qlora_kit.profiling.tracker import Series, Tracker
 from qlora_kit.recipe import Recipe
+from qlora_kit.training.calibrate import calibrate
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.memory import interpreter_bytes, out_of_memory, static_tensors
 from qlora_kit.training.run import Peak, Run, choose_heap, prepare
@@ -134,7 +135,7 @@ def profile(recipe: Recipe, plan: Plan, steps: int) -> Profile:
     Raises: every error that `train` raises before its first step; BudgetError: memory ran out.
     """
     device, before_bytes = pick_device(recipe.train.device), interpreter_bytes(recipe)
-    choose_heap(device, plan.peak_bytes, plan.budget_bytes)
+    choose_heap(device, plan.components, plan.budget_bytes)
     run = prepare(recipe, StopRequest())
     with contextlib.suppress(OSError):
         run.output.rmdir()  # if it is empty: no run was here
@@ -147,6 +148,8 @@ def profile(recipe: Recipe, plan: Plan, steps: int) -> Profile:
         tracker = follow_step(run)
     except torch.OutOfMemoryError as refused:
         raise out_of_memory(run, refused) from None
+    beside_bytes = runtime_bytes(device) if process_bytes is None else process_bytes - tracker.peak_bytes
+    calibrate(run, plan.components, beside_bytes, lines)
     return Profile(
         device=device.type,
         planned=plan.components,

@@ -31,6 +31,7 @@ from qlora_kit.base.owners import mark, owner
 from qlora_kit.console import note, warn
 from qlora_kit.errors import NonFiniteError, RecipeError, Stopped
 from qlora_kit.recipe import Recipe
+from qlora_kit.training.calibrate import calibrate_by_run
 from qlora_kit.training.checkpoint import load_checkpoint, rotate, save_checkpoint
 from qlora_kit.training.evaluate import Evaluation, evaluate
 from qlora_kit.training.loss import batch_losses
@@ -84,7 +85,7 @@ def train(
         if plan is None:
             return_freed_memory()
         else:
-            choose_heap(pick_device(recipe.train.device), plan["peak_bytes"], plan["budget_bytes"])
+            choose_heap(pick_device(recipe.train.device), plan["components"], plan["budget_bytes"])
         run = prepare(recipe, stop)
         if resume:
             run.progress = load_checkpoint(output / "checkpoints", run.parameters, run.optimizer, run.identity)
@@ -99,6 +100,8 @@ def train(
             raise out_of_memory(run, refused) from None
         write_memory(output / "memory.json", plan, run, before_bytes)
         write_report(output)
+        if plan is not None:
+            calibrate_by_run(run, plan["components"])
         return result
 
 

@@ -27,7 +27,8 @@ from qlora_kit.console import note, warn
 from qlora_kit.data.batches import Batches, MicroBatch, eval_batches
 from qlora_kit.data.tokenize import Example, load_examples, load_tokenizer, split_examples
 from qlora_kit.errors import ModelError
-from qlora_kit.planning.components import loss_chunk_tokens
+from qlora_kit.planning.components import Ledger, loss_chunk_tokens
+from qlora_kit.planning.runtime import ROOMY_SHARE, keeps_freed_memory
 from qlora_kit.recipe import Recipe
 from qlora_kit.training.blocks import attach
 from qlora_kit.training.checkpoint import Progress
@@ -35,7 +36,6 @@ from qlora_kit.training.offload import input_store
 from qlora_kit.training.optim import build_optimizer
 from qlora_kit.training.signals import StopRequest
 
-ROOMY_SHARE = 0.7  # of the budget; a plan below it leaves room for a faster, less frugal heap
 # Keys that change where a run lives or how often it speaks, but not one bit of its result.
 FREE_KEYS = frozenset(
     "model.path model.revision model.keep_quantized data.train data.eval memory.budget memory.placement "
@@ -91,12 +91,12 @@ class Run:
         return 1 if wanted == "auto" else wanted
 
 
-def choose_heap(device: torch.device, peak_bytes: int, budget_bytes: int) -> None:
-    """Where a plan of `peak_bytes` is tight, have freed memory given back at once; on a CPU with room, never."""
-    if peak_bytes > ROOMY_SHARE * budget_bytes:
-        return_freed_memory()
-    elif device.type == "cpu":
+def choose_heap(device: torch.device, planned: Ledger, budget_bytes: int) -> None:
+    """Where a plan is tight, have freed memory given back at once; on a CPU whose plan counts on it, never."""
+    if device.type == "cpu" and keeps_freed_memory(planned):
         keep_freed_memory()
+    elif device.type == "cpu" or sum(planned.values()) > ROOMY_SHARE * budget_bytes:
+        return_freed_memory()
 
 
 def prepare(recipe: Recipe, stop: StopRequest) -> Run:
