@@ -33,7 +33,7 @@ class LlamaCpp:
         settings = xllamacpp.CommonParams()
         settings.model.path = str(model)
         settings.n_ctx = settings.n_batch = settings.n_ubatch = context
-        settings.n_parallel, settings.warmup, settings.verbosity = 1, False, int(__import__("os").environ.get("V","-1"))
+        settings.n_parallel, settings.warmup, settings.verbosity = 1, False, -1
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
         settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -79,7 +79,9 @@ class LlamaCpp:
 
     def _post(self, path: str, asked: dict[str, Any]) -> dict[str, Any]:
         body = json.dumps(asked).encode()
-        request = urllib.request.Request(self.server.listening_address + path, body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.server.listening_address + path, body, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request) as answer:
             found: dict[str, Any] = json.loads(answer.read())
         return found

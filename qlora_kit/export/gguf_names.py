@@ -79,11 +79,10 @@ def _gated(config: Any) -> Fields:
     }
 
 
-def _mistral(config: Any) -> Fields:
+def _windowed(config: Any) -> Fields:
     """llama.cpp attends to everything; within the window that is the same, so the window is the context's length."""
-    fields = _gated(config)
-    window = config.sliding_window or fields["context_length"]
-    return {**fields, "context_length": min(window, fields["context_length"])}
+    length = config.max_position_embeddings
+    return {**_gated(config), "context_length": min(config.sliding_window or length, length)}
 
 
 def _gemma2(config: Any) -> Fields:
@@ -100,13 +99,9 @@ def _gemma3(config: Any) -> Fields:
 
 
 def _phi3(config: Any) -> Fields:
-    """Its converter always names the window, 0 for none, and the length before the rotary factors were stretched."""
-    original = config.original_max_position_embeddings
-    return {
-        **_gated(config),
-        "attention.sliding_window": config.sliding_window or 0,
-        "rope.scaling.original_context_length": original or config.max_position_embeddings,
-    }
+    """Beyond the original length llama.cpp takes the long rotary factors, as transformers does."""
+    original = config.original_max_position_embeddings or config.max_position_embeddings
+    return {**_windowed(config), "rope.scaling.original_context_length": original}
 
 
 def _gpt2(config: Any) -> Fields:
@@ -255,7 +250,7 @@ _GEMMA2 = GgufArchitecture(
 )
 GGUF_ARCHITECTURES: dict[str, GgufArchitecture] = {
     "llama": _LLAMA,
-    "mistral": replace(_LLAMA, fields=_mistral, require=_anything),
+    "mistral": replace(_LLAMA, fields=_windowed, require=_anything),
     "qwen2": GgufArchitecture("qwen2", biases=True),
     "qwen3": GgufArchitecture("qwen3"),
     "gemma2": _GEMMA2,
