@@ -108,7 +108,7 @@ def export_gguf_adapter(model: Path, adapter: Path, out: Path, *, any_base: bool
 
 
 def _shown_name(model: Path, tokenizer: Any) -> str:
-    """The folder's name. By "phi-3" in it, and by that alone, llama.cpp knows that marks swallow the spaces after them."""
+    """The folder's name. By "phi-3" in it alone does llama.cpp know that marks swallow the spaces after them."""
     name = re.sub("phi-?3", "phi 3", model.resolve().name, flags=re.IGNORECASE)
     swallows = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
     return f"{name} (phi-3)" if swallows else name

@@ -117,7 +117,8 @@ def _cut(part: dict[str, Any]) -> Iterable[str]:
 
 def _merges(rules: dict[str, Any]) -> list[tuple[str, str]]:
     """Older files have "a b", newer ones ["a", "b"]."""
-    return [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in rules["model"]["merges"]]
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in rules["model"]["merges"])
+    return [(left, right) for left, right in pairs]
 
 
 # ------------------------------------------------------------------------------------------------ SentencePiece's BPE

@@ -1,4 +1,4 @@
-"""A GGUF file is the model: llama.cpp and transformers compute the folder's logits from it, bit for bit the same weights.
+"""A GGUF file is the model: llama.cpp and transformers compute the folder's logits from it.
 
 llama.cpp (extra `llamacpp`) is the judge of names, fields, order of rows and rotary scaling, in fp32, where nothing is
 rounded; its GELU alone goes through a table of fp16.
@@ -49,7 +49,8 @@ VARIANTS = {
         "phi3",
         {
             "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **LONGROPE},
-            "original_max_position_embeddings": 128,
+            "max_position_embeddings": 1024,
+            "original_max_position_embeddings": 512,
         },
     ),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -80,7 +81,7 @@ def folder_logits(folder: Path, row: list[int], **options: object) -> np.ndarray
 
 def llama_cpp_log_probabilities(file: Path, row: list[int], lora: Path | None = None) -> np.ndarray:
     pytest.importorskip("xllamacpp")
-    judge = LlamaCpp(file, lora, context=128)  # within longrope's original length
+    judge = LlamaCpp(file, lora)
     return np.stack([judge.log_probabilities(row[:count], VOCABULARY) for count in range(1, len(row) + 1)])
 
 

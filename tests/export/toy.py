@@ -64,7 +64,7 @@ def _byte_level(kind: str, size: int) -> Tokenizer:
 
 
 def _sentence_piece(kind: str, size: int) -> Tokenizer:
-    """Pieces as a trainer finds them; merges as transformers makes them of a SentencePiece model: every split of each."""
+    """Pieces as a trainer finds them; merges as transformers makes them of SentencePiece's: every split of each."""
     spaces = [normalizers.Replace(" ", SPACE)]
     spaces = [normalizers.Prepend(SPACE), *spaces] if kind == "llama" else spaces
     trained = Tokenizer(models.BPE())
