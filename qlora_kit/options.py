@@ -1,4 +1,5 @@
-"""Options that several commands share, and how a command prints its JSON. Imported by: cli, model_commands."""
+"""Options that several commands share, and how a command prints its JSON. Imported by: cli, model_commands,
+export_command."""
 
 from __future__ import annotations
 
@@ -29,6 +30,15 @@ class DType(str, Enum):
     float16 = "float16"
     bfloat16 = "bfloat16"
     float32 = "float32"
+
+
+class GgufType(str, Enum):
+    """Of the matrices in a GGUF file."""
+
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+    f32 = "f32"
 
 
 class QuantType(str, Enum):

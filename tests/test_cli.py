@@ -36,6 +36,7 @@ CONTRACT = {
     "generate": "--model --adapter --prompt --max-new-tokens",
     "merge": "--model --adapter --out --dtype --onto --verify --json",
     "quantize": "--model --out",
+    "export gguf": "--model --adapter --out --dtype --lora --onto --any-base --json",
     "adapter show": "",
     "adapter compose": "--weights --method --out",
     "recipes list": "",

@@ -59,7 +59,7 @@ class LlamaCpp:
 
     def log_probabilities(self, ids: Sequence[int], vocabulary: int) -> np.ndarray:
         """fp32 [vocabulary]: of each token to follow `ids`."""
-        # The server reports nothing for half a character or an end, so the choice is forced; the report is as before it.
+        # Nothing is reported for half a character or an end, so the choice is forced; the report is from before that.
         forced = [[self.encode("a")[-1], 1e6]]
         answer = self._complete(ids, 1, n_probs=vocabulary, logit_bias=forced)
         found = answer["completion_probabilities"][0]["top_logprobs"]
