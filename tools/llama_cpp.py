@@ -69,9 +69,10 @@ class LlamaCpp:
         return row
 
     def answer(self, ids: Sequence[int], new_tokens: int) -> list[int]:
-        """Ids of the most probable continuation, until one that ends an answer."""
-        found: list[int] = self._complete(ids, new_tokens, return_tokens=True)["tokens"]
-        return found
+        """Ids of the most probable continuation, without the one that ends it."""
+        found = self._complete(ids, new_tokens, return_tokens=True)
+        tokens: list[int] = found["tokens"]
+        return tokens[:-1] if found["stop_type"] == "eos" else tokens
 
     def _complete(self, ids: Sequence[int], new_tokens: int, **options: Any) -> dict[str, Any]:
         asked = {"prompt": list(ids), "n_predict": new_tokens, "temperature": 0.0, "cache_prompt": True, **options}
