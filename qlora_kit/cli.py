@@ -182,6 +182,7 @@ def profile(
 
 app.command(name="eval")(model_commands.evaluate)
 app.command()(model_commands.generate)
+app.command()(model_commands.chat)
 app.command()(model_commands.merge)
 app.command()(model_commands.quantize)
 

@@ -28,7 +28,7 @@ ORDER = (
     ("base",),
     ("adapters",),
     ("training", "generation", "export"),
-    ("profiling",),
+    ("profiling", "chat"),
     ("doctor", "selftest", "commands", "options"),
     ("model_commands", "plan_command", "export_command"),
     ("cli",),
