@@ -1,4 +1,4 @@
-"""`python -m tools.prove_gguf FOLDER FILE DATA`: a GGUF file held to the folder that it says it is, by llama.cpp.
+"""`python -m tools.prove_gguf FOLDER FILE DATA [--lora L]`: GGUF files held to the folder that they are, by llama.cpp.
 
 Why: the file's users run llama.cpp, not transformers; what counts is what llama.cpp computes from it.
 How: records of held-out data go through plain transformers (fp32, the merged folder) and through llama.cpp: token ids,
@@ -51,8 +51,10 @@ class Comparison:
         return whole and abs(self.loss - self.llama_cpp_loss) <= TOLERANCE_NATS
 
 
-def compare(folder: Path, file: Path, data: Path, records: int, threads: int = 1) -> Comparison:
-    """Score the first `records` of `data` with both."""
+def compare(
+    folder: Path, file: Path, data: Path, records: int, *, lora: Path | None = None, threads: int = 1
+) -> Comparison:
+    """Score the first `records` of `data` with both; `lora`: an adapter's file, which llama.cpp adds to `file`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -60,7 +62,7 @@ def compare(folder: Path, file: Path, data: Path, records: int, threads: int = 1
     settings = Data(train=str(data), seq_len=2048)
     chosen = [record for record, _ in zip(read_records(data, "auto"), range(records))]
     examples = load_examples(data, settings, tokenizer)[0][:records]
-    judge = LlamaCpp(file, context=2048, threads=threads)
+    judge = LlamaCpp(file, lora, context=2048, threads=threads)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompts = [_before_answer(record) for record in chosen]
     encoded = encode_prompts(tokenizer, prompts)
@@ -141,11 +143,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="merged folder, for plain transformers")
     parser.add_argument("file", type=Path, help="the GGUF file")
     parser.add_argument("data", type=Path, help="held-out chats, jsonl")
+    parser.add_argument("--lora", type=Path, help="an adapter's GGUF file beside the base's")
     parser.add_argument("--records", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     asked = parser.parse_args()
-    found = compare(asked.folder, asked.file, asked.data, asked.records, asked.threads)
+    found = compare(asked.folder, asked.file, asked.data, asked.records, lora=asked.lora, threads=asked.threads)
     figures = asdict(found) | {"passed": found.passed}
     for name, value in figures.items():
         print(f"{name:<18} {value}")
