@@ -94,7 +94,8 @@ def export_gguf_adapter(model: Path, adapter: Path, out: Path, *, any_base: bool
     branches = read_adapter(adapter, _linear_shapes(plan.shapes), model)
     if not any_base:
         require_same_base(adapter, base_fingerprint(Shards(find_shards(model))), model)
-    alpha = next(iter(branches.values())).scale * next(iter(branches.values())).lora_A.shape[0]
+    first = next(iter(branches.values()))
+    alpha = first.scale * first.lora_A.shape[0] or 1.0  # a scale of 0 goes into B
     fields = {
         "general.type": "adapter",
         "general.name": adapter.resolve().name,

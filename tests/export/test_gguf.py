@@ -6,6 +6,7 @@ rounded; its GELU alone goes through a table of fp16.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,12 +16,16 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize, quantize
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qlora_kit.adapters.store import load_adapter
 from qlora_kit.architectures import ARCHITECTURES
+from qlora_kit.base.loader import load_base
+from qlora_kit.base.quantize_model import quantize_model
 from qlora_kit.errors import DiskError, ModelError, NonFiniteError, RecipeError
 from qlora_kit.export import gguf_file
 from qlora_kit.export.gguf import export_gguf, export_gguf_adapter
 from qlora_kit.export.gguf_names import GGUF_ARCHITECTURES
 from qlora_kit.export.merge import merge_model
+from qlora_kit.recipe import Model
 from tests.conftest import write_model
 from tests.edits import edited
 from tests.export.test_merge import adapted
@@ -83,6 +88,12 @@ def llama_cpp_log_probabilities(file: Path, row: list[int], lora: Path | None = 
     pytest.importorskip("xllamacpp")
     judge = LlamaCpp(file, lora)
     return np.stack([judge.log_probabilities(row[:count], VOCABULARY) for count in range(1, len(row) + 1)])
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    first, second = (GGUFReader(file).tensors for file in (one, other))
+    assert [tensor.name for tensor in first] == [tensor.name for tensor in second] != []
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(first, second, strict=True))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -218,9 +229,17 @@ def test_base_and_adapter_give_the_file_of_the_merged_folder(quantization, toy, 
     merge_model(base.folder, tmp_path / "a", tmp_path / "merged", dtype="float32")
     export_gguf(base.folder, tmp_path / "direct.gguf", adapter=tmp_path / "a", dtype="f32")
     export_gguf(tmp_path / "merged", tmp_path / "merged.gguf", dtype="f32")
-    direct, merged = (GGUFReader(tmp_path / f"{name}.gguf").tensors for name in ("direct", "merged"))
-    assert [tensor.name for tensor in direct] == [tensor.name for tensor in merged]
-    assert all(np.array_equal(one.data, other.data) for one, other in zip(direct, merged, strict=True))
+    assert_same_tensors(tmp_path / "direct.gguf", tmp_path / "merged.gguf")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_4_bit_checkpoint_gives_the_file_of_its_merged_folder(model_type, toy, tmp_path):
+    quantize_model(toy(model_type), tmp_path / "nf4")
+    adapted(toy(model_type), tmp_path / "a", quantization="nf4", dtype="bfloat16")
+    merge_model(tmp_path / "nf4", tmp_path / "a", tmp_path / "merged", dtype="float32")
+    export_gguf(tmp_path / "nf4", tmp_path / "direct.gguf", adapter=tmp_path / "a", dtype="f32")
+    export_gguf(tmp_path / "merged", tmp_path / "merged.gguf", dtype="f32")
+    assert_same_tensors(tmp_path / "direct.gguf", tmp_path / "merged.gguf")
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -234,6 +253,21 @@ def test_llama_cpp_adds_the_adapters_file_to_the_base(model_type, toy, tmp_path,
     found = llama_cpp_log_probabilities(tmp_path / "m.gguf", row, tmp_path / "a.gguf")
     assert np.abs(found - log_softmax(live)).max() < tolerance(model_type)
     assert np.abs(log_softmax(live) - log_softmax(folder_logits(base.folder, row))).max() > 10 * tolerance(model_type)
+
+
+def test_linears_of_other_scales_keep_theirs_in_the_adapters_file(toy, tmp_path, ids):
+    folder, row = toy("llama"), ids[0, :15].tolist()
+    adapted(folder, tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {"q_proj": 24, "down_proj": 1.5}}))
+    base = load_base(Model(path=str(folder), quantization="none", dtype="float32"))
+    load_adapter(base, tmp_path / "a")
+    export_gguf(folder, tmp_path / "m.gguf", dtype="f32")
+    export_gguf_adapter(folder, tmp_path / "a", tmp_path / "a.gguf")
+    with torch.no_grad():
+        live = base.model.eval()(input_ids=torch.tensor([row])).logits[0].numpy()
+    found = llama_cpp_log_probabilities(tmp_path / "m.gguf", row, tmp_path / "a.gguf")
+    assert np.abs(found - log_softmax(live)).max() < tolerance("llama")
 
 
 # ------------------------------------------------------------------------------------------------ refused
