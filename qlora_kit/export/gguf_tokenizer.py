@@ -133,19 +133,35 @@ def _sentence_piece(
     """
     normalizers = _parts(rules["normalizer"], "normalizers")
     steps = {part["type"]: part for part in (*normalizers, *parts)}
-    spaced = "Metaspace" in steps or steps.get("Replace", {}).get("content") == SPACE
-    if (
-        not rules["model"].get("byte_fallback")
-        or not spaced
-        or set(steps) - {"Prepend", "Replace", "Metaspace", "Split"}
-    ):
+    if not rules["model"].get("byte_fallback") or not _writes_spaces(steps):
         raise _refusal(tokenizer, f"steps {', '.join(steps) or 'none'}: neither byte-level nor SentencePiece's BPE")
-    prefix = "Prepend" in steps or steps.get("Metaspace", {}).get("prepend_scheme") in ("first", "always")
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(_merges(rules)):
         ranks.setdefault(left + right, rank)
     scores = [-float(ranks.get(token, len(ranks))) for token in tokens]
-    return {"ggml.model": "llama", "ggml.pre": "default", "ggml.scores": scores, "ggml.add_space_prefix": prefix}
+    return {
+        "ggml.model": "llama",
+        "ggml.pre": "default",
+        "ggml.scores": scores,
+        "ggml.add_space_prefix": _prefix(tokenizer, steps),
+    }
+
+
+def _writes_spaces(steps: dict[str, Any]) -> bool:
+    """Spaces become SPACE, and nothing else is changed or cut: a cut at spaces is none once there are none left."""
+    replaces = steps.get("Replace", {}).get("content") == SPACE
+    metaspace = steps.get("Metaspace", {}).get("split") is False
+    cuts = "Split" in steps and not (replaces and steps["Split"]["pattern"] == {"String": " "})
+    return (replaces or metaspace) and not cuts and set(steps) <= {"Prepend", "Replace", "Metaspace", "Split"}
+
+
+def _prefix(tokenizer: Any, steps: dict[str, Any]) -> bool:
+    """Whether a space is put before a text, and after every mark in it, which to llama.cpp is one question.
+
+    Metaspace's "first" says yes and no; then what a chat needs is written, in which all text stands behind marks.
+    """
+    scheme = steps.get("Metaspace", {}).get("prepend_scheme")
+    return "Prepend" in steps or scheme == "always" or (scheme == "first" and not tokenizer.chat_template)
 
 
 def _mark_bytes(tokens: list[str], kinds: list[int], model: dict[str, Any]) -> None:

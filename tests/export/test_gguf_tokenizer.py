@@ -29,6 +29,19 @@ def test_llama_cpp_encodes_every_text_as_training_did(kind, tmp_path):
         assert theirs.encode(text, special=True) == ours(text)["input_ids"], text
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_where_only_the_first_text_gets_a_space_chats_are_right_or_else_plain_texts(template, tmp_path):
+    pytest.importorskip("xllamacpp")
+    folder = add_tokenizer(write_model(tmp_path / "m", "mistral", vocab_size=1024), "mistral", 500, template)
+    export_gguf(folder, tmp_path / "m.gguf")
+    ours, theirs = load_tokenizer(folder), LlamaCpp(tmp_path / "m.gguf")
+    first = "<|" if template else ("T", "1", "a")  # a text that begins with a space gets no second one here
+    texts = [text for text in TEXTS if text.startswith(first)]
+    assert texts
+    for text in texts:
+        assert theirs.encode(text) == ours(text, add_special_tokens=False)["input_ids"], text
+
+
 @pytest.mark.parametrize("kind", ["gpt-2", "qwen2", "llama-bpe", "llama", "gemma"])
 def test_transformers_reads_the_same_tokenizer_back(kind, tmp_path):
     model_type = {"gemma": "gemma2", "qwen2": "qwen2"}.get(kind, "phi3" if kind == "llama" else "llama")

@@ -24,6 +24,7 @@ TEXTS = [
     "   ",
     "\n",
 ]
+SENTENCE_PIECE = ("llama", "mistral", "gemma")  # Llama 2's, Mistral 0.3's, Gemma's way with the first space
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -31,8 +32,8 @@ TEMPLATE = (
 
 
 def add_tokenizer(folder: Path, kind: str = "gpt-2", size: int = 320, template: str | None = TEMPLATE) -> Path:
-    """Write a tokenizer of `kind` (a name of PRE_TOKENIZERS, or llama, gemma) into a model's folder."""
-    made = _sentence_piece(kind, size) if kind in ("llama", "gemma") else _byte_level(kind, size)
+    """Write a tokenizer of `kind` (a name of PRE_TOKENIZERS or SENTENCE_PIECE) into a model's folder."""
+    made = _sentence_piece(kind, size) if kind in SENTENCE_PIECE else _byte_level(kind, size)
     made.save(str(folder / "tokenizer.json"))
     marks = dict(zip(("pad_token", "bos_token", "eos_token"), MARKS))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **marks}
@@ -81,6 +82,9 @@ def _sentence_piece(kind: str, size: int) -> Tokenizer:
         if piece[:cut] in found and piece[cut:] in found
     ]
     made = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    made.normalizer = normalizers.Sequence(spaces)
+    if kind == "mistral":
+        made.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+    else:
+        made.normalizer = normalizers.Sequence(spaces)
     made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     return _marked(made)
