@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+PATIENCE_S = 120.0  # of one question: a long prompt on a slow machine
+
 
 class LlamaCpp:
     """A GGUF model in llama.cpp, with a LoRA file beside it if one is given.
@@ -83,6 +85,6 @@ class LlamaCpp:
         request = urllib.request.Request(
             self.server.listening_address + path, body, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             found: dict[str, Any] = json.loads(answer.read())
         return found
