@@ -44,6 +44,7 @@ class LlamaCpp:
         if lora is not None:
             settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
         self.server = xllamacpp.Server(settings)
+        self._complete([0], 1)  # a server that is let go before its loop has begun waits for it for ever
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids; marks written in the text count as marks.
