@@ -28,9 +28,9 @@ ORDER = (
     ("base",),
     ("adapters",),
     ("training", "generation", "export"),
-    ("profiling",),
+    ("profiling", "chat"),
     ("doctor", "selftest", "commands", "options"),
-    ("model_commands", "plan_command"),
+    ("model_commands", "plan_command", "export_command"),
     ("cli",),
     ("__main__",),
 )
@@ -39,7 +39,7 @@ RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}
 LIGHT_PARTS = {"", "errors", "units", "files", "console", "pages", "architecture_parts", "architectures"}
 LIGHT_PARTS |= {"optimizers", "prepared", "recipe", "recipe_yaml"}
 LIGHT_PARTS |= {"planning", "doctor", "commands", "options", "cli", "__main__"}
-LIGHT_PARTS |= {"model_commands", "plan_command"}
+LIGHT_PARTS |= {"model_commands", "plan_command", "export_command"}
 LIGHT_FILES = {f"data/{name}.py" for name in ("__init__", "formats", "templates", "tokenize", "packing", "lengths")}
 HEAVY = ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "tokenizers")
 
