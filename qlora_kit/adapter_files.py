@@ -97,7 +97,7 @@ def trainable(folder: Path) -> dict[str, Any]:
     Raises: ModelError: no LoRA adapter there, or it holds what is not trained here.
     """
     config, ranks = read_config(folder), {}
-    for key, shape in _tensor_shapes(folder / WEIGHTS).items():
+    for key, shape in tensor_shapes(folder).items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+\.\d+\..+)\.lora_([AB])\.weight", key)
         if match is None or config.get("use_dora"):
             what = "a DoRA adapter" if config.get("use_dora") else f"tensor {key!r}"
@@ -127,8 +127,9 @@ def _targets(linears: list[str]) -> list[str]:
     return sorted(alike.pop()) if len(alike) == 1 else sorted(linears)
 
 
-def _tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """Name -> shape of the tensors of a safetensors file, from its header. Raises: ModelError: there is none."""
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name -> shape of the tensors of an adapter, from the file's header. Raises: ModelError: there is none."""
+    path = folder / WEIGHTS
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")

@@ -43,12 +43,14 @@ def recipe_or_model(target: str, overrides: list[str]) -> Recipe:
 
 
 def plan_recipe(recipe: Recipe, budget: str | None = None, gpu: str | None = None, stack: str = "kit") -> Plan:
-    """The plan of a recipe for `--budget`, `--gpu` and `--stack`.
+    """The plan of a recipe for `--budget`, `--gpu` and `--stack`; says what would keep its adapter from being served.
 
     Raises: RecipeError: the budget is no size, or the card unknown.
     """
-    from qlora_kit.planning.planner import make_plan
+    from qlora_kit.console import note
+    from qlora_kit.planning.planner import make_plan, read_shapes
     from qlora_kit.planning.stack_plan import plan_in_stack
+    from qlora_kit.serving import serving_notes
     from qlora_kit.units import parse_bytes
 
     try:
@@ -57,7 +59,10 @@ def plan_recipe(recipe: Recipe, budget: str | None = None, gpu: str | None = Non
         raise RecipeError(f"--budget: {error}") from None
     if stack != "kit":
         return plan_in_stack(recipe, stack, budget_bytes=budget_bytes, gpu=gpu)
-    return make_plan(recipe, budget_bytes=budget_bytes, gpu=gpu)
+    plan = make_plan(recipe, budget_bytes=budget_bytes, gpu=gpu)
+    for text in serving_notes(recipe, read_shapes(recipe).model_type):
+        note(text)
+    return plan
 
 
 def require_fit(plan: Plan, recipe_file: Path) -> None:

@@ -24,7 +24,7 @@ ORDER = (
     ("files", "console", "architecture_parts", "optimizers", "adapter_files"),
     ("architectures", "recipe_yaml"),
     ("recipe",),
-    ("planning", "data", "prepared"),
+    ("planning", "data", "prepared", "serving"),
     ("base",),
     ("adapters",),
     ("training", "generation", "export"),
@@ -37,7 +37,7 @@ ORDER = (
 RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}
 # The torch line: what is planned, checked or said before a run must not wait for seconds of imports.
 LIGHT_PARTS = {"", "errors", "units", "files", "console", "architecture_parts", "architectures", "optimizers"}
-LIGHT_PARTS |= {"prepared", "recipe", "recipe_yaml", "adapter_files"}
+LIGHT_PARTS |= {"prepared", "recipe", "recipe_yaml", "adapter_files", "serving"}
 LIGHT_PARTS |= {"planning", "doctor", "commands", "options", "cli", "__main__"}
 LIGHT_PARTS |= {"model_commands", "plan_command"}
 LIGHT_FILES = {f"data/{name}.py" for name in ("__init__", "formats", "templates", "tokenize", "packing", "lengths")}
