@@ -82,7 +82,8 @@ def activate(base: Base, names: Iterable[str]) -> None:
     for linear in base.linears().values():
         if linear.merged is not None:
             raise ModelError("an adapter is merged into the base; unmerge it before choosing another")
-        if len(names) > 1 and any(branch.magnitude is not None for branch in linear.branches.values()):
+        chosen = [linear.branches[name] for name in names if name in linear.branches]
+        if len(names) > 1 and any(branch.magnitude is not None for branch in chosen):
             raise ModelError(f"a DoRA adapter works alone, since it scales the whole weight; asked for {list(names)}")
     put_tensors(base, names)
     for linear in base.linears().values():
