@@ -91,10 +91,10 @@ def read_parts(folder: Path, known: Known) -> StoredAdapter:
         tensors |= reader.tensors_of(module, parts)
         if parts:
             raise reader.refused(f"{module}: {sorted(parts)[0]}")
-    reader.require_saved(tensors)
+    reader.require_whole(tensors)
     embedding, head = f"{known.embedding}.weight", f"{known.head}.weight"
-    if known.tied and embedding in tensors and head not in tensors and tensors[embedding].rows is not None:
-        tensors[head] = TensorUpdate(rows=tensors[embedding].rows)  # PEFT's rule: rows of tied tables stay tied
+    if known.tied and embedding in tensors and head not in tensors and tensors[embedding].listed is not None:
+        tensors[head] = TensorUpdate(listed=tensors[embedding].listed)  # PEFT's rule: rows of tied tables stay tied
     return StoredAdapter(branches, tensors)
 
 
@@ -120,12 +120,20 @@ class _Reader:
             "nor to another tensor that an adapter can change here"
         )
 
-    def require_saved(self, tensors: Mapping[str, TensorUpdate]) -> None:
-        """Raises: ModelError: the config says that a module was trained whole, and the file does not hold it."""
+    def require_whole(self, tensors: Mapping[str, TensorUpdate]) -> None:
+        """Raises: ModelError: a module that the config names is not in the file, or the head has not its tokens."""
         for name in self.config.get("modules_to_save") or []:
             module = next((known for known in self.known.tensors if f".{known}".endswith(f".{name}.weight")), None)
             if module is not None and module not in tensors:
                 raise ModelError(f"{self.path}: modules_to_save names {name!r} in {CONFIG}, but {module!r} is missing")
+
+        vocabulary = {
+            name: tensors.get(name, TensorUpdate()).height(self.known.tensors[name][0])
+            for name in (f"{self.known.embedding}.weight", f"{self.known.head}.weight")
+            if name in self.known.tensors
+        }
+        if len(set(vocabulary.values())) > 1:
+            raise ModelError(f"{self.path}: embedding and head with as many rows expected, found {vocabulary}")
 
     def modules(self) -> dict[str, Parts]:
         """The tensors of the file by module and leaf. Raises: ModelError: a name of another form, or a bad value."""

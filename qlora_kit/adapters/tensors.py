@@ -44,7 +44,7 @@ def put_tensors(base: Base, names: Sequence[str]) -> None:
 def _adds(update: TensorUpdate) -> bool:
     """Whether an update is a plain LoRA branch, so that it can be added to others."""
     branch = update.branch
-    return update.value is None and update.rows is None and branch is not None and branch.magnitude is None
+    return update.value is None and update.listed is None and branch is not None and branch.magnitude is None
 
 
 def _updated(original: Any, updates: Sequence[TensorUpdate]) -> Any:
@@ -60,7 +60,7 @@ def _updated(original: Any, updates: Sequence[TensorUpdate]) -> Any:
 
 
 def _applied(value: Tensor, updates: Sequence[TensorUpdate]) -> Tensor:
-    new = value
+    new = value.to(torch.float32, copy=True)
     for update in updates:
         new = update.apply(new)
     return new.to(value.dtype)

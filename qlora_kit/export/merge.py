@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from qlora_kit import files
-from qlora_kit.adapters.store import StoredBranch, provenance, read_adapter, require_same_base
+from qlora_kit.adapters.store import StoredAdapter, provenance, read_whole_adapter, require_same_base
 from qlora_kit.architectures import Architecture
 from qlora_kit.base import nf4
 from qlora_kit.base.companions import carry
 from qlora_kit.base.prequantized import DequantizedShards, packed_weights
-from qlora_kit.base.shards import Shards, find_shards, write_tensors
+from qlora_kit.base.shards import Entry, Shards, find_shards, write_tensors
 from qlora_kit.base.source import base_fingerprint
 from qlora_kit.console import progress
 from qlora_kit.errors import DiskError, ModelError, NonFiniteError
+from qlora_kit.export.tables import Layout, lay_out
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
 
 
@@ -52,20 +53,22 @@ class _Merger:
 
     shards: Shards
     architecture: Architecture
-    branches: dict[str, StoredBranch]
+    adapter: StoredAdapter
+    layout: Layout
     dequantized: dict[str, Any]  # linears to take from their 4-bit copy -> how it was made; empty: onto the original
     dtype: torch.dtype
 
     def produce(self, file_name: str) -> Tensor:
         """One output tensor. Raises: NonFiniteError: it does not fit the output dtype."""
-        value = self.shards.read(file_name)
-        linear = (self.architecture.name_in_model(file_name) or "").removesuffix(".weight")
+        value = self.shards.read(self.layout.sources.get(file_name, file_name))
+        name = self.architecture.name_in_model(file_name) or ""
+        linear = name.removesuffix(".weight")
         if linear in self.dequantized:
             value = self._oriented(_through_4_bits(self._oriented(value), **self.dequantized[linear]))
-        if linear in self.branches:
-            branch = self.branches[linear]
-            update = branch.lora_B.float() @ branch.lora_A.float()
-            value = value.float().add_(self._oriented(update), alpha=branch.scale)
+        if linear in self.adapter.branches:
+            value = self._oriented(self.adapter.branches[linear].apply(self._oriented(value.float())))
+        elif name in self.adapter.tensors:
+            value = self.adapter.tensors[name].apply(value.float())
         rounded = value.to(self.dtype) if value.is_floating_point() else value
         if not torch.isfinite(rounded).all():
             peak = value.abs().max().item()
@@ -101,7 +104,7 @@ def merge_model(
     config, source = read_config(str(base))
     shapes = model_shapes(config, source)
     shards = Shards(find_shards(base))
-    branches = read_adapter(adapter, _linear_shapes(shapes), base)
+    stored = read_whole_adapter(adapter, shapes, base)
     digest, record = base_fingerprint(shards), provenance(adapter)
     if not any_base:
         require_same_base(adapter, digest, base)
@@ -115,20 +118,21 @@ def merge_model(
     dequantized = dict.fromkeys(_linear_shapes(shapes), settings) if onto == "dequantized" else {}
     if packed is not None:
         shards, dequantized = DequantizedShards(shards, packed, shapes.architecture, settings["dtype"]), {}
-    merger = _Merger(shards, shapes.architecture, branches, dequantized, getattr(torch, dtype))
-    sizes = {name: _output_bytes(shards, name, merger.dtype) for name in shards.entries}
+    layout = lay_out(shards.entries, shards.read, stored, shapes)
+    merger = _Merger(shards, shapes.architecture, stored, layout, dequantized, getattr(torch, dtype))
+    sizes = {name: _output_bytes(entry, merger.dtype) for name, entry in layout.entries.items()}
     files.require_free_space(out, sum(sizes.values()), "the merged model")
     with files.atomic_folder(out) as aside:
         _write_weights(aside, merger, sizes)
-        _write_config(aside, config, dtype)
+        _write_config(aside, config | layout.config, dtype)
         carry(base, aside)
         report = MergeReport(
             base=str(base),
             adapter=str(adapter),
             onto=onto,
             dtype=dtype,
-            merged_tensors=len(branches),
-            copied_tensors=len(sizes) - len(branches),
+            merged_tensors=len(stored.branches) + len(stored.tensors),
+            copied_tensors=len(sizes) - len(stored.branches) - len(stored.tensors),
             bytes_written=sum(sizes.values()),
             base_fingerprint=digest,
             sha256={path.name: files.sha256(path) for path in sorted(aside.iterdir())},
@@ -171,8 +175,7 @@ def _linear_shapes(shapes: ModelShapes) -> dict[str, tuple[int, int]]:
     }
 
 
-def _output_bytes(shards: Shards, name: str, dtype: torch.dtype) -> int:
-    entry = shards.entries[name]
+def _output_bytes(entry: Entry, dtype: torch.dtype) -> int:
     if not entry.dtype.is_floating_point:
         return entry.size_bytes
     return entry.size_bytes // entry.dtype.itemsize * dtype.itemsize
@@ -180,7 +183,7 @@ def _output_bytes(shards: Shards, name: str, dtype: torch.dtype) -> int:
 
 def _write_weights(folder: Path, merger: _Merger, sizes: dict[str, int]) -> None:
     """Shards of the same names as the base's, each tensor under its own name; the index if there are several."""
-    entries = merger.shards.entries
+    entries = merger.layout.entries
     by_shard: dict[str, list[str]] = {}
     for name, entry in entries.items():
         by_shard.setdefault(entry.path.name, []).append(name)

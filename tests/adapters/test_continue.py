@@ -24,16 +24,15 @@ from qlora_kit.training.checkpoint import load_checkpoint, save_checkpoint
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.run import Run, assemble
 from qlora_kit.training.signals import StopRequest
+from tests.peft_adapters import logits, made_by_peft
 
 
 def pretrained(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def made_by_peft(folder: Path, model_type: str, adapter: Path, **settings: Any) -> Path:
-    settings = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, "task_type": "CAUSAL_LM"} | settings
-    config = peft.LoraConfig(**settings, fan_in_fan_out=ARCHITECTURES[model_type].transposed)
-    peft.get_peft_model(pretrained(folder), config).save_pretrained(adapter)
+def plain_lora(folder: Path, model_type: str, adapter: Path, **settings: Any) -> Path:
+    made_by_peft(folder, model_type, adapter, **settings)
     return adapter
 
 
@@ -52,11 +51,6 @@ def continued(folder: Path, adapter: Path, output: Path, steps: int = 3) -> Run:
     rows = [torch.randint(3, 128, (12,), generator=generator).tolist() for _ in range(2 * steps)]
     examples = [Example(row, [*row[1:], IGNORE_INDEX], "test") for row in rows]
     return assemble(recipe, load_base(recipe.model), examples, [], StopRequest())
-
-
-@torch.no_grad()
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids).logits
 
 
 def step_of_peft(reference: Any, batches: Any) -> torch.Tensor:
@@ -80,7 +74,7 @@ def settings_of(model_type: str) -> dict[str, Any]:
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_training_on_gives_pefts_losses_and_the_result_goes_back(model_type, tiny_model, tmp_path, ids):
     folder = tiny_model(model_type)
-    adapter = made_by_peft(folder, model_type, tmp_path / "a", **settings_of(model_type))
+    adapter = plain_lora(folder, model_type, tmp_path / "a", **settings_of(model_type))
     run = continued(folder, adapter, tmp_path / "run")
     reference = peft.PeftModel.from_pretrained(pretrained(folder), adapter, is_trainable=True).eval()
     optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], weight_decay=0.0)
@@ -102,7 +96,7 @@ def test_training_on_gives_pefts_losses_and_the_result_goes_back(model_type, tin
 
 def test_only_the_linears_of_the_adapter_are_trained_with_its_ranks(tiny_model, tmp_path):
     folder = tiny_model("llama")
-    adapter = made_by_peft(folder, "llama", tmp_path / "a", **settings_of("llama"))
+    adapter = plain_lora(folder, "llama", tmp_path / "a", **settings_of("llama"))
     run = continued(folder, adapter, tmp_path / "run")
     ranks = {name: branch.lora_A.shape[0] for name, branch in branches(run.base).items()}
     assert ranks == {f"model.layers.1.self_attn.{leaf}_proj": 2 if leaf == "q" else 4 for leaf in ("q", "k", "v", "o")}
@@ -110,7 +104,7 @@ def test_only_the_linears_of_the_adapter_are_trained_with_its_ranks(tiny_model, 
 
 def test_the_recipe_takes_over_what_the_adapter_has(tiny_model, tmp_path):
     settings = {"target_modules": ["v_proj", "down_proj"], "rank_pattern": {"v_proj": 7}, "lora_dropout": 0.25}
-    adapter = made_by_peft(tiny_model("llama"), "llama", tmp_path / "a", **settings)
+    adapter = plain_lora(tiny_model("llama"), "llama", tmp_path / "a", **settings)
     found = Adapter(start_from=str(adapter))
     assert (found.rank, found.alpha, found.dropout) == (7, 6, 0.25)
     assert found.target_modules == ["mlp.down_proj", "self_attn.v_proj"]
@@ -131,7 +125,7 @@ def test_the_recipe_takes_over_what_the_adapter_has(tiny_model, tmp_path):
 )
 @pytest.mark.filterwarnings("ignore")
 def test_what_cannot_be_trained_is_said_when_the_recipe_is_read(settings, message, tiny_model, tmp_path):
-    adapter = made_by_peft(tiny_model("llama"), "llama", tmp_path / "a", **{"target_modules": ["q_proj"], **settings})
+    adapter = plain_lora(tiny_model("llama"), "llama", tmp_path / "a", **{"target_modules": ["q_proj"], **settings})
     with pytest.raises(ModelError, match=message):
         Adapter(start_from=str(adapter))
 
@@ -142,7 +136,7 @@ def test_dora_as_a_method_is_refused_with_what_there_is():
 
 
 def test_an_output_that_holds_the_start_is_refused(tiny_model, tmp_path):
-    adapter = made_by_peft(tiny_model("llama"), "llama", tmp_path / "run" / "adapter", target_modules=["q_proj"])
+    adapter = plain_lora(tiny_model("llama"), "llama", tmp_path / "run" / "adapter", target_modules=["q_proj"])
     with pytest.raises(ValidationError, match="lies in output"):
         continued(tiny_model("llama"), adapter, tmp_path / "run")
 
@@ -150,8 +144,7 @@ def test_an_output_that_holds_the_start_is_refused(tiny_model, tmp_path):
 def test_a_run_is_not_resumed_from_another_start(tiny_model, tmp_path):
     folder, adapters = tiny_model("llama"), []
     for seed in (1, 2):
-        torch.manual_seed(seed)
-        adapters.append(made_by_peft(folder, "llama", tmp_path / f"{seed}", target_modules=["q_proj"]))
+        adapters.append(plain_lora(folder, "llama", tmp_path / f"{seed}", seed=seed, target_modules=["q_proj"]))
     run = continued(folder, adapters[0], tmp_path / "run")
     save_checkpoint(tmp_path / "c", run.progress, run.parameters, run.optimizer, run.identity)
     moved = adapters[0].rename(tmp_path / "moved")
@@ -163,9 +156,9 @@ def test_a_run_is_not_resumed_from_another_start(tiny_model, tmp_path):
 
 def test_an_adapter_that_changed_since_the_recipe_was_read_is_refused(tiny_model, tmp_path):
     folder = tiny_model("llama")
-    adapter = made_by_peft(folder, "llama", tmp_path / "a", target_modules=["q_proj"])
+    adapter = plain_lora(folder, "llama", tmp_path / "a", target_modules=["q_proj"])
     settings = Adapter(start_from=str(adapter))
-    made_by_peft(folder, "llama", adapter, target_modules=["q_proj"], r=8)
+    plain_lora(folder, "llama", adapter, target_modules=["q_proj"], r=8)
     recipe = {
         "model": {"path": str(folder), "quantization": "none"},
         "data": {"train": "none"},
