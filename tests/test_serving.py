@@ -66,6 +66,12 @@ def test_plan_says_it_when_the_recipe_is_read(tiny_model, tmp_path: Path):
     assert "--max-lora-rank" not in said.stdout
 
 
+def test_the_page_on_adapters_names_the_sources():
+    page = (Path(__file__).parents[1] / "docs/adapters.md").read_text()
+    assert all(server.source.partition(":")[0] in page for server in SERVERS.values())
+    assert f"up to {SERVERS['vLLM'].ranks[-1]}; above {SERVERS['vLLM'].default_rank}" in page
+
+
 def test_what_this_kit_writes_has_no_feature_that_a_server_refuses(tiny_model, tmp_path):
     from qlora_kit.adapter_files import read_config, tensor_shapes
     from qlora_kit.adapters.inject import inject
