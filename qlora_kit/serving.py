@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.adapter_files import PREFIX, read_config, tensor_shapes
+from qlora_kit.adapter_files import PREFIX, read_config, scale_of, tensor_shapes
 
 if TYPE_CHECKING:
     from qlora_kit.recipe import Recipe
@@ -109,9 +109,17 @@ def obstacles(model_type: str, rank: int, found: Iterable[str] = ()) -> list[str
 
 
 def serving_notes(recipe: Recipe, model_type: str) -> list[str]:
-    """`obstacles` of the adapter that a recipe will make."""
-    start, found = recipe.adapter.start_from, set[str]()
-    if start is not None:
-        folder = Path(start)
-        found = features(read_config(folder), tensor_shapes(folder))
+    """`obstacles` of the adapter that a recipe will make: it is written with alphas, rsLoRA's scales too."""
+    alphas = set() if recipe.adapter.start_from is None else _alphas(Path(recipe.adapter.start_from))
+    found = {"alphas that differ"} if len(alphas) > 1 else set[str]()
     return obstacles(model_type, recipe.adapter.rank, found)
+
+
+def _alphas(folder: Path) -> set[float]:
+    """Scale x rank of an adapter's branches."""
+    config, found = read_config(folder), set[float]()
+    for key, shape in tensor_shapes(folder).items():
+        if key.endswith(".lora_A.weight"):
+            module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            found.add(round(scale_of(config, module, shape[0], folder) * shape[0], 6))
+    return found

@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 from qlora_kit.adapters.store import save_adapter
 from qlora_kit.architectures import ARCHITECTURES
 from qlora_kit.cli import app
-from qlora_kit.serving import SERVERS, features, obstacles
+from qlora_kit.recipe import Recipe
+from qlora_kit.serving import SERVERS, features, obstacles, serving_notes
+from tests.peft_adapters import made_by_peft
 
 PLAIN = {"base_model.model.model.layers.0.q_proj.lora_A.weight"}
 HEAD = "base_model.model.lm_head"
@@ -64,6 +66,20 @@ def test_plan_says_it_when_the_recipe_is_read(tiny_model, tmp_path: Path):
     assert said.exit_code == 0
     assert "--max-lora-rank 64" in said.stderr
     assert "--max-lora-rank" not in said.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [
+        ({"use_rslora": True}, 0),  # what is written has one alpha
+        ({"use_rslora": True, "rank_pattern": {"q_proj": 2}}, 1),
+        ({"alpha_pattern": {"q_proj": 3}}, 1),
+    ],
+)
+def test_a_recipe_that_starts_from_an_adapter_is_told_of_what_it_will_write(settings, lines, tiny_model, tmp_path):
+    made_by_peft(tiny_model("llama"), "llama", tmp_path, target_modules=["q_proj", "v_proj"], **settings)
+    values = {"model": {"path": "m"}, "adapter": {"start_from": str(tmp_path)}, "data": {"train": "t"}}
+    assert len(serving_notes(Recipe.model_validate(values), "llama")) == lines
 
 
 def test_the_page_on_adapters_names_the_sources():

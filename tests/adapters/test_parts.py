@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
+import peft
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.adapters.inject import activate, merge, unmerge
 from qlora_kit.adapters.store import load_adapter, read_adapter, save_adapter
 from qlora_kit.architectures import ARCHITECTURES
 from qlora_kit.base.loader import Base, load_base
+from qlora_kit.base.quantize_model import quantize_model
 from qlora_kit.base.streaming import Placement
 from qlora_kit.errors import ModelError
 from qlora_kit.recipe import Model
@@ -64,6 +67,37 @@ def test_dora_on_a_4_bit_base_is_pefts_on_the_same_weights_dequantized(model_typ
     assert_close(logits(ours.model, ids), live)
     unmerge(ours)
     assert torch.equal(logits(ours.model, ids), live)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["some layers", "dora", "embedding saved"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_on_a_4_bit_checkpoint_of_transformers_peft_and_this_kit_agree(model_type, kind, tiny_model, tmp_path, ids):
+    """One adapter on one NF4 checkpoint: peft + transformers + bitsandbytes, and here."""
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    quantized = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **settings), "dtype": torch.float32}
+    AutoModelForCausalLM.from_pretrained(tiny_model(model_type), **quantized).save_pretrained(tmp_path / "q")
+    made_by_peft(tiny_model(model_type), model_type, tmp_path / "a", **kinds(model_type)[kind])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "a").eval()
+    for module in theirs.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.train()  # its inference kernel rounds absmax to bf16
+    ours = base_of(tmp_path / "q")
+    load_adapter(ours, tmp_path / "a")
+    assert_close(logits(ours.model, ids), logits(theirs, ids))
+
+
+def test_dora_on_streamed_blocks_is_dora_on_resident_ones(tiny_model, tmp_path, ids):
+    folder, found = tiny_model("llama"), []
+    quantize_model(folder, tmp_path / "q")
+    made_by_peft(folder, "llama", tmp_path / "a", **kinds("llama")["dora"])
+    for placement in (Placement(), Placement("disk")):
+        base = load_base(Model(path=str(tmp_path / "q")), placement=placement)
+        attach(base)
+        load_adapter(base, tmp_path / "a")
+        found.append(logits(base.model, ids))
+    assert torch.equal(*found)
 
 
 @pytest.mark.filterwarnings("ignore")
