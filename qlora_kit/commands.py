@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qlora_kit.base.loader import Base
     from qlora_kit.base.streaming import Placement
     from qlora_kit.planning.planner import Plan
+    from qlora_kit.planning.shapes import ModelShapes
     from qlora_kit.profiling.profiler import Profile
     from qlora_kit.recipe import Model, Recipe
 
@@ -42,8 +43,16 @@ def recipe_or_model(target: str, overrides: list[str]) -> Recipe:
     return recipe_for_model(target, overrides)
 
 
-def plan_recipe(recipe: Recipe, budget: str | None = None, gpu: str | None = None, stack: str = "kit") -> Plan:
-    """The plan of a recipe for `--budget`, `--gpu` and `--stack`; says what would keep its adapter from being served.
+def plan_recipe(
+    recipe: Recipe,
+    budget: str | None = None,
+    gpu: str | None = None,
+    stack: str = "kit",
+    shapes: ModelShapes | None = None,
+) -> Plan:
+    """The plan of a recipe for `--budget`, `--gpu` and `--stack`; of a model of known shapes, if given.
+
+    Says what would keep the recipe's adapter from being served.
 
     Raises: RecipeError: the budget is no size, or the card unknown.
     """
@@ -58,9 +67,9 @@ def plan_recipe(recipe: Recipe, budget: str | None = None, gpu: str | None = Non
     except ValueError as error:
         raise RecipeError(f"--budget: {error}") from None
     if stack != "kit":
-        return plan_in_stack(recipe, stack, budget_bytes=budget_bytes, gpu=gpu)
-    plan = make_plan(recipe, budget_bytes=budget_bytes, gpu=gpu)
-    for text in serving_notes(recipe, read_shapes(recipe).model_type):
+        return plan_in_stack(recipe, stack, budget_bytes=budget_bytes, gpu=gpu, shapes=shapes)
+    plan = make_plan(recipe, budget_bytes=budget_bytes, gpu=gpu, shapes=shapes)
+    for text in serving_notes(recipe, (shapes or read_shapes(recipe)).model_type):
         note(text)
     return plan
 

@@ -3,8 +3,9 @@
 Why: a plan is formulas; this runs what they describe, on any machine, and says what took the memory when it runs out.
 How: a base without weights (`unfilled`), rows as long as they may be, every token learned; transformers' model, the
 streamer, the loop and the optimizer run a step on a device that has what was allowed and no more. Tensors have shapes
-and bytes but no values, so a step of a 70B takes seconds. What an allocator loses to fragmentation, and what kernels
-take inside, is not simulated. Imported by: `plan --simulate`, tools, tests.
+and bytes but no values, and `simulate` runs blocks that are alike once (`simulated_blocks`), so a step of a 70B takes
+seconds. What an allocator loses to fragmentation, and what kernels take inside, is not simulated.
+Imported by: `plan --simulate`, tools, tests.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Any
 
 import torch
 
-from qlora_kit.base.owners import hand_over
 from qlora_kit.data.tokenize import Example
 from qlora_kit.optimizers import OPTIMIZERS
 from qlora_kit.planning.comparison import OTHER, comparison
 from qlora_kit.planning.components import COMPONENTS, Ledger
 from qlora_kit.planning.planner import Plan
+from qlora_kit.profiling.simulated_blocks import pass_alike_blocks
 from qlora_kit.profiling.simulated_device import SimulatedDevice, simulated_device
 from qlora_kit.profiling.tracker import Series, Tracker
 from qlora_kit.profiling.unfilled import unfilled_base
@@ -28,7 +29,7 @@ from qlora_kit.recipe import Recipe
 from qlora_kit.training.evaluate import evaluate
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.memory import static_tensors
-from qlora_kit.training.run import Run, assemble, placement_of
+from qlora_kit.training.run import Run, assemble, make_gradients, placement_of
 from qlora_kit.training.signals import StopRequest
 from qlora_kit.units import format_bytes
 
@@ -126,15 +127,9 @@ def make_optimizer_state(run: Run) -> None:
     """torch's own optimizers make it in their first step: here one with gradients of zero, which needs no forward."""
     if run.optimizer.state:  # bitsandbytes': `training.optim` has made it
         return
-    _make_gradients(run)
+    make_gradients(run)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-
-
-def _make_gradients(run: Run) -> None:
-    for parameter in run.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    hand_over("gradients", (parameter.grad for parameter in run.parameters.values()))
 
 
 def simulate(plan: Plan, recipe: Recipe) -> Simulated:
@@ -163,11 +158,12 @@ def _simulate(recipe: Recipe, device: SimulatedDevice, is_later_group: bool) -> 
     tracker, running, refused, host_bytes = Tracker(torch.device(DEVICE)), "loading", None, 0
     try:
         run = unfilled_run(recipe, held_out=recipe.data.eval is not None)
+        pass_alike_blocks(run.base)
         tracker, running = Tracker(torch.device(DEVICE), static_tensors(run)), "training"
         device.reset_peak()
         with tracker:
             if is_later_group:
-                _make_gradients(run)
+                make_gradients(run)
             train_step(run)
         phases["train"], running, host_bytes = device.peak_bytes, "evaluation", device.peak_pinned_bytes
         if run.held_out:
