@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class Merge:
         dtype: of the output.
         branches: the adapter's, by linear.
         fingerprint: the base's, as adapters record it.
+        evidence: for the report; see `choose.evidence`.
     """
 
     base: BaseFiles
@@ -52,6 +54,7 @@ class Merge:
     quantization: Quantization
     branches: dict[str, StoredBranch]
     fingerprint: str
+    evidence: dict[str, Any] | None = None
 
     @cached_property
     def weights(self) -> Shards:
