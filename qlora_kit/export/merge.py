@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class Merge:
         dtype: of the output.
         changes: the adapter.
         fingerprint: the base's, as adapters record it.
+        evidence: for the report; see `choose.evidence`.
     """
 
     base: BaseFiles
@@ -54,6 +56,7 @@ class Merge:
     quantization: Quantization
     changes: StoredAdapter
     fingerprint: str
+    evidence: dict[str, Any] | None = None
 
     @cached_property
     def weights(self) -> Shards:

@@ -7,7 +7,7 @@
 Why a journal: a shard counts only when the inputs are the same and its bytes still have their hash, so a run that goes
 on gives the bytes of one that was never stopped. How: threads read, add and round tiles; one hashes and writes them in
 order, while the disk is told early to write.
-Imported by: merge, proof.
+Imported by: merge, choose.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class MergeReport:
 
     Attributes:
         inputs: digest of base, adapter and settings.
-        proof: what `proof` found; None: not asked for.
+        evidence: what the choice of the weights to merge onto rests on; see `choose`.
+        proof: what the check found; None: not asked for.
         sha256: of every other file of the folder.
     """
 
@@ -63,6 +64,7 @@ class MergeReport:
     bytes_written: int
     base_fingerprint: str
     inputs: str
+    evidence: dict[str, Any] | None
     proof: dict[str, Any] | None
     sha256: dict[str, str]
 
@@ -302,6 +304,7 @@ def _report(merge: Merge, folder: Path, digests: dict[str, str], proof: dict[str
         bytes_written=sum(entry.size_bytes for entry in entries.values()),
         base_fingerprint=merge.fingerprint,
         inputs=merge.digest,
+        evidence=merge.evidence,
         proof=proof,
         sha256=dict(sorted((digests | others).items())),
     )

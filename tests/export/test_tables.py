@@ -12,8 +12,12 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
+from qlora_kit.adapters.updates import TensorUpdate
 from qlora_kit.architectures import ARCHITECTURES
-from qlora_kit.export.merge import merge_model
+from qlora_kit.errors import ModelError
+from qlora_kit.export.audit import audit
+from qlora_kit.export.merge import merge_model, open_merge
+from qlora_kit.export.output import write_merged
 from tests.peft_adapters import KINDS, added_tokens, kinds, logits, made_by_peft
 
 ON_TABLES = {"head and norms saved", "embedding saved", "LoRA on embedding", "LoRA on both", "DoRA on head"}
@@ -77,3 +81,21 @@ def test_dora_is_merged_exactly(tiny_model, tmp_path):
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "a").merge_and_unload().state_dict()
     for name, value in safetensors.torch.load_file(tmp_path / "m" / "model.safetensors").items():
         torch.testing.assert_close(value.double(), theirs[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model_type", ["qwen2", "gpt2"])
+def test_the_audit_passes_every_kind_and_sees_a_table_that_is_not_the_adapters(kind, model_type, tiny_model, tmp_path):
+    folder = tiny_model(model_type)
+    made_by_peft(folder, model_type, tmp_path / "a", **kinds(model_type)[kind])
+    merge = open_merge(folder, tmp_path / "a", dtype="float16")
+    write_merged(merge, tmp_path / "m")
+    assert audit(tmp_path / "m", merge)["changed"] > 0
+    path = tmp_path / "m" / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    name = next((name for name in tensors if isinstance(merge.update(name), TensorUpdate)), None)
+    tensors[name or next(name for name in tensors if merge.update(name) is not None)].mul_(1.01)
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ModelError, match="do not use it"):
+        audit(tmp_path / "m", merge)
