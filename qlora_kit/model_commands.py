@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from qlora_kit.commands import check_data, load_model, model_folder, prove_merged, section
+from qlora_kit.commands import held_out_rows, load_model, merge_proved, model_folder, section
 from qlora_kit.options import (
     Adapters,
     AnyBase,
@@ -142,45 +142,42 @@ def merge(
     onto: Annotated[
         Onto,
         typer.Option(
-            help="original weights, their dequantized 4-bit copies, or auto: what the adapter was trained beside."
+            help="original weights, their dequantized 4-bit copies, or auto: the better by --verify, else as trained."
         ),
     ] = Onto.auto,
     verify: Annotated[
-        Path | None, typer.Option(help="Held-out jsonl: reload with plain transformers and compare losses.")
+        Path | None,
+        typer.Option(help="Held-out jsonl: choose by it, reload with plain transformers, compare loss and logits."),
     ] = None,
     any_base: AnyBase = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a full-precision model: base + adapter, tensor by tensor.
 
-    Memory stays at a few tensors, whatever the model. With `--verify` the folder is reloaded from disk by plain
-    transformers in a fresh process, and its loss must equal the live adapter model's within 0.01 nats (else exit 4).
+    Memory stays at a few tensors, whatever the model; killed, the same command goes on. With `--verify` the folder
+    gets its name only after its tensors were compared with base and adapter, and after plain transformers, in a fresh
+    process, gave the live adapter model's loss and logits (else exit 4); `--onto auto` then chooses by held-out loss.
 
     Example: `qlora-kit merge --model models/m --adapter runs/r/adapter --out runs/r/merged --verify data/eval.jsonl`
     """
-    from qlora_kit.export.merge import merge_model
-    from qlora_kit.units import format_bytes
+    import dataclasses
+
+    from qlora_kit.export.choose import evidence
+    from qlora_kit.export.merge import open_merge
+    from qlora_kit.export.output import require_apart, require_replaceable, write_merged
+    from qlora_kit.export.table import merge_table
 
     folder = model_folder(model)
-    if verify is not None:
-        check_data(folder, verify)
-    report = merge_model(folder, adapter, out, dtype=dtype.value, onto=onto.value, any_base=any_base)
-    result = report.to_json()
-    if verify is not None:
-        result["proof"] = prove_merged(folder, adapter, out, verify, any_base)
-    if as_json:
-        print_json(result)
-        return
-    print(
-        f"{out}: {format_bytes(report.bytes_written)} {report.dtype}, {report.merged_tensors} tensors merged onto the "
-        f"{report.onto} weights, {report.copied_tensors} copied"
-    )
-    if verify is not None:
-        proof = result["proof"]
-        print(
-            f"reloaded by plain transformers: held-out loss {proof['merged_loss']:.4f}, "
-            f"adapter model {proof['live_loss']:.4f}"
-        )
+    rows = None if verify is None else held_out_rows(folder, verify)
+    opened = open_merge(folder, adapter, dtype=dtype.value, onto=onto.value, any_base=any_base)
+    require_apart(out, folder, adapter)
+    require_replaceable(out)
+    opened = dataclasses.replace(opened, evidence=evidence(opened))
+    if rows is None:
+        report = write_merged(opened, out)
+    else:
+        report = merge_proved(opened, out, rows, choose=onto is Onto.auto, any_base=any_base)
+    print_json(report.to_json()) if as_json else merge_table(report, out)
 
 
 def quantize(

@@ -1,7 +1,7 @@
 """A GGUF file, for llama.cpp, Ollama and their kin: of a base, a merged folder, or a base with an adapter.
 
 Why straight from base + adapter: the sum is rounded once, to the file's own type, and no merged folder is needed.
-How: each tensor is read, merged in fp32 as `export.merge` does, brought into llama.cpp's order (`gguf_names`) and
+How: each tensor is read, merged as `export.merge` does, brought into llama.cpp's order (`gguf_names`) and
 written (`gguf_file`): matrices as f16, bf16 or q8_0, vectors as f32, as llama.cpp's own converter has it. An adapter
 alone becomes a LoRA file, which llama.cpp adds to the base at run time.
 Imported by: the `export gguf` command, tools.prove_gguf.
@@ -15,23 +15,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qlora_kit import files
-from qlora_kit.adapters.store import StoredBranch, provenance, read_adapter, require_same_base
-from qlora_kit.base.prequantized import DequantizedShards, packed_weights
-from qlora_kit.base.shards import Shards, find_shards
+from qlora_kit.adapters.parts import linear_shapes
+from qlora_kit.adapters.store import read_adapter, require_same_base
+from qlora_kit.adapters.updates import StoredBranch
+from qlora_kit.base.shards import Entry, Shards, find_shards
 from qlora_kit.base.source import base_fingerprint
 from qlora_kit.data.tokenize import load_tokenizer
 from qlora_kit.errors import ModelError
 from qlora_kit.export.gguf_file import GgufTensor, gguf_package, kind_of, write_gguf
 from qlora_kit.export.gguf_names import GGUF_ARCHITECTURES, GgufArchitecture
 from qlora_kit.export.gguf_tokenizer import tokenizer_fields
-from qlora_kit.export.merge import _linear_shapes, _Merger, _onto_4_bits, _resolve_onto
+from qlora_kit.export.merge import Merge, open_merge
+from qlora_kit.export.onto import BaseFiles, Quantization
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
 
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+SUMS = {
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "q8_0": "float32",
+}  # what W + (alpha / r) B A is rounded to
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def export_gguf(
     """
     plan = _Plan.of(model)
     vocabulary = tokenizer_fields(tokenizer := load_tokenizer(model), plan.shapes.vocabulary)
-    weights = _weights(plan.shapes, model, adapter, onto, any_base)
+    weights = _weights(model, adapter, dtype, onto, any_base)
     tensors = [*plan.rope_tensors(), *plan.tensors(weights, dtype)]
     file_type = int(gguf_package().LlamaFileType[FILE_TYPES[dtype]])
     fields = {
@@ -81,7 +88,7 @@ def export_gguf(
         **{f"tokenizer.{name}": value for name, value in vocabulary.items()},
     }
     size_bytes = write_gguf(out, plan.row.name, fields, tensors)
-    merged = len(weights.branches)
+    merged = len(weights.merge.changes.branches) if weights.merge is not None else 0
     return GgufReport(str(out), plan.row.name, dtype, len(tensors), merged, size_bytes, files.sha256(out))
 
 
@@ -91,7 +98,7 @@ def export_gguf_adapter(model: Path, adapter: Path, out: Path, *, any_base: bool
     Raises: as `export_gguf`.
     """
     plan = _Plan.of(model)
-    branches = read_adapter(adapter, _linear_shapes(plan.shapes), model)
+    branches = read_adapter(adapter, linear_shapes(plan.shapes), model)
     if not any_base:
         require_same_base(adapter, base_fingerprint(Shards(find_shards(model))), model)
     first = next(iter(branches.values()))
@@ -120,37 +127,40 @@ def _shown_name(model: Path, tokenizer: Any) -> str:
 
 @dataclass(frozen=True)
 class _Weights:
-    """The model's tensors by name, merged where the adapter has a branch."""
+    """The model's tensors by name, with an adapter's changes where it makes any."""
 
-    merger: _Merger
+    base: Shards
+    merge: Merge | None
     file_names: dict[str, str]  # name in the model -> name in the files
-    branches: dict[str, StoredBranch]
+
+    def entry(self, name: str) -> Entry | None:
+        return self.base.entries.get(self.file_names.get(name, ""))
 
     def read(self, name: str) -> Tensor:
-        """As the files hold it, or fp32 where something was done to it."""
-        file_name, linear = self.file_names[name], name.removesuffix(".weight")
-        touched = linear in self.branches or linear in self.merger.dequantized
-        return self.merger.produce(file_name) if touched else self.merger.shards.read(file_name)
+        """As the base has it, or in the dtype of the merge where something was added to it."""
+        file_name = self.file_names[name]
+        if self.merge is None or self.merge.update(file_name) is None:
+            return self.base.read(file_name)
+        return self.merge.shards.read(file_name)
 
 
-def _weights(shapes: ModelShapes, model: Path, adapter: Path | None, onto: str, any_base: bool) -> _Weights:
-    """Raises: ModelError: base and adapter do not fit."""
-    shards = Shards(find_shards(model))
-    config, source = read_config(str(model))
-    record = provenance(adapter) if adapter else {}
-    branches = read_adapter(adapter, _linear_shapes(shapes), model) if adapter else {}
-    if adapter and not any_base:
-        require_same_base(adapter, base_fingerprint(shards), model)
-    compute = getattr(torch, record.get("dtype", "bfloat16"))
-    dequantized: dict[str, Any] = {}
-    if (packed := packed_weights(shards, shapes.architecture, config, source)) is not None:
-        _onto_4_bits(onto, model)
-        shards = DequantizedShards(shards, packed, shapes.architecture, compute)
-    elif adapter and _resolve_onto(onto, record, adapter) == "dequantized":
-        made = {key: record[key] for key in ("quantization", "double_quant")} | {"dtype": compute}
-        dequantized = dict.fromkeys(_linear_shapes(shapes), made)
-    file_names = {name: stored for stored in shards.entries if (name := shapes.architecture.name_in_model(stored))}
-    return _Weights(_Merger(shards, shapes.architecture, branches, dequantized, torch.float32), file_names, branches)
+def _weights(model: Path, adapter: Path | None, dtype: str, onto: str, any_base: bool) -> _Weights:
+    """Raises: ModelError: base and adapter do not fit, or the adapter makes another model of the base."""
+    merge = None
+    if adapter is not None:
+        merge = open_merge(model, adapter, dtype=SUMS[dtype], onto=onto, any_base=any_base)
+        if merge.layout.config:
+            raise ModelError(
+                f"{adapter}: changes {', '.join(sorted(merge.layout.config))} of the model; merge it "
+                "(qlora-kit merge), and export the merged folder"
+            )
+        opened, weights = merge.base, merge.weights
+    else:
+        opened, quantization = BaseFiles.open(model), Quantization.recorded({})
+        resolved = opened.resolve("original" if opened.packed is None else onto, quantization, model)
+        weights = opened.weights(resolved, quantization)
+    name_in_model = opened.shapes.architecture.name_in_model
+    return _Weights(weights, merge, {name: stored for stored in weights.entries if (name := name_in_model(stored))})
 
 
 # ------------------------------------------------------------------------------------------------ what the file holds
@@ -192,7 +202,7 @@ class _Plan:
     def tensors(self, weights: _Weights, dtype: str) -> Iterator[GgufTensor]:
         """Every tensor of the model. Raises: ModelError: the files lack one, or it has another shape."""
         for name, shape in (*self.shapes.tensors, *self.shapes.linear_weights):
-            entry = weights.merger.shards.entries.get(weights.file_names.get(name, ""))
+            entry = weights.entry(name)
             if entry is None or entry.shape != shape:
                 found = "is missing" if entry is None else f"is {list(entry.shape)}"
                 raise ModelError(f"{self.shapes.source}: tensor {name!r} {found}, {list(shape)} expected")
