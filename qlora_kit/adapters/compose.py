@@ -47,7 +47,7 @@ class Composition:
     """How adapters are combined.
 
     Attributes:
-        method: one of METHODS.
+        method: linear, cat, svd, ties or dare.
         weights: one for each adapter; may be negative.
         rank: of `svd`; 0: the largest of the adapters at that linear.
         density: of `ties` and `dare`, above 0 and at most 1.
@@ -182,8 +182,8 @@ def _of_elements(linear: str, pairs: list[Pair], factors: list[float], how: Comp
     generator = torch.Generator().manual_seed(mixed_seed("dare", how.seed, linear))
     roots = [abs(factor) ** 0.5 for factor in factors]
     signed = [-root if factor < 0 else root for root, factor in zip(roots, factors)]
-    right = METHODS[how.method]([a for _, a in pairs], signed, how.density, generator)
-    left = METHODS[how.method]([b for b, _ in pairs], roots, how.density, generator)
+    right = ELEMENTWISE[how.method]([a for _, a in pairs], signed, how.density, generator)
+    left = ELEMENTWISE[how.method]([b for b, _ in pairs], roots, how.density, generator)
     return left, right
 
 
@@ -214,12 +214,11 @@ def dare(values: list[Tensor], weights: list[float], density: float, generator: 
     return weighted(kept, weights, density, generator)
 
 
-METHODS: dict[str, Callable[[list[Tensor], list[float], float, torch.Generator], Tensor]] = {
+ELEMENTWISE: dict[str, Callable[[list[Tensor], list[float], float, torch.Generator], Tensor]] = {
     "linear": weighted,
     "ties": ties,
     "dare": dare,
 }
-NAMES = ("linear", "cat", "svd", "ties", "dare")
 
 
 # ------------------------------------------------------------------------------------------------ what it does

@@ -125,8 +125,8 @@ def require_plain(adapter: AdapterFile, purpose: str) -> None:
     if adapter.others:
         raise ModelError(
             f"{adapter.folder / WEIGHTS}: {adapter.others[0]}: {purpose} works on pairs lora_A and lora_B of linears "
-            f"alone, and {len(adapter.others)} tensors are something else (modules_to_save, biases, embeddings, trained "
-            "tokens); merge this adapter into the base instead"
+            f"alone, and {len(adapter.others)} tensors are something else (modules_to_save, biases, embeddings, "
+            "trained tokens); merge this adapter into the base instead"
         )
 
 

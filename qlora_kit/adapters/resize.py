@@ -1,7 +1,7 @@
 """An adapter of a smaller rank: each update replaced by the nearest one of fewer singular values (Eckart, Young 1936).
 
-A linear whose rank already suffices keeps its pair bit for bit. Alpha is one for all that are cut, since not every server
-reads `alpha_pattern`. Imported by: adapter_command.
+A linear whose rank already suffices keeps its pair bit for bit. Alpha is one for all that are cut, since not every
+server reads `alpha_pattern`. Imported by: adapter_command.
 """
 
 from __future__ import annotations
