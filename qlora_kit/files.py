@@ -192,8 +192,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def replace_folder(folder: Path, target: Path, aside: Path) -> None:
-    """Give `folder` the name `target`; a folder that has it goes to `aside` first. A cut leaves the old, none or the new
-    one.
+    """Give `folder` the name `target`; what has it goes to `aside` first. A cut leaves the old, none or the new.
 
     Raises: DiskError: the disk refuses.
     """
