@@ -175,6 +175,11 @@ class Memory(_Section):
         "auto", description="tokens whose logits exist at a time; full: all of them"
     )
 
+    on_oom: Literal["fail", "split"] = Field(
+        "fail",
+        description="split: repeat a step that runs out of memory with smaller micro-batches, and go on with them",
+    )
+
     @property
     def tile_tokens(self) -> int:
         """Tokens of a tile of an MLP; 0: all. The same for any budget, since sums over tiles depend on it."""

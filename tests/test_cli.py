@@ -530,7 +530,7 @@ def test_a_runs_folder_holds_what_the_contract_says(story: Story) -> None:
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
     assert all((path / "MANIFEST.json").is_file() for path in (output / "checkpoints").iterdir())
     assert list(json.loads((output / "plan.json").read_text())) == PLAN_KEYS.split()
-    users_own = {"budget", "loss_chunk_tokens", "mlp_tile_tokens"}
+    users_own = {"budget", "loss_chunk_tokens", "mlp_tile_tokens", "on_oom"}
     decided = json.loads((output / "plan.json").read_text())["settings"]["memory"]  # what `auto` came to
     as_run = [f"memory.{key}={json.dumps(decided[key])}" for key in decided.keys() - users_own]
     assert load_recipe(output / "recipe.yaml") == load_recipe(story.place.recipe, as_run)

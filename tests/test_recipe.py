@@ -66,7 +66,7 @@ output: runs/smollm2-gsm8k
 USERS_OWN = {"model.path", "data.train", "data.eval", "train.steps", "output"}
 ADDED = {  # later than the contract
     *("memory.resident_blocks", "memory.embeddings", "memory.keep_dequantized", "memory.micro_batches_together"),
-    *("memory.host_blocks", "memory.mlp_tile_tokens"),
+    *("memory.host_blocks", "memory.mlp_tile_tokens", "memory.on_oom"),
     *("model.dtype", "model.keep_quantized", "train.epochs", "train.trackers", "train.master_weights"),
 }
 CHOICES = [
@@ -84,6 +84,7 @@ CHOICES = [
     *[("memory.mlp_tile_tokens", value) for value in ("auto", "full", "512")],
     *[("memory.micro_batches_together", value) for value in ("auto", "1", "8")],
     *[("memory.loss_chunk_tokens", value) for value in ("auto", "full", "512")],
+    *[("memory.on_oom", value) for value in ("fail", "split")],
     *[("train.optimizer", value) for value in ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw")],
     *[("train.master_weights", value) for value in ("true", "false")],
     *[("train.schedule", value) for value in ("cosine", "linear", "constant")],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -125,6 +126,30 @@ def free_bytes(device: torch.device) -> int:
     import psutil
 
     return psutil.virtual_memory().available
+
+
+def attainable_bytes(device: torch.device) -> int:
+    """Most that this process could hold on the device now: what it holds, and what nobody uses."""
+    held = resident_bytes() if device.type == "cpu" else _allocator().memory_reserved(device)
+    return held + free_bytes(device)
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Whether an error says that there is no more memory: of torch's allocators, of CUDA's or Metal's own, or Python's.
+
+    A CPU's is seen where the system refuses (`ulimit -v`, no overcommit); else the kernel ends the process.
+    """
+    if isinstance(problem, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(problem)
+    return isinstance(problem, RuntimeError) and ("DefaultCPUAllocator" in said or "out of memory" in said)
+
+
+def clear_freed_memory(device: torch.device) -> None:
+    """After running out: free what only cycles of an error's frames hold, and what the allocator keeps for later."""
+    gc.collect()
+    if device.type != "cpu":
+        _allocator().empty_cache()
 
 
 def resident_bytes() -> int:

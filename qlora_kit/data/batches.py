@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,6 +82,35 @@ def _collate(examples: Sequence[Example], rows: Sequence[Row], seq_len: int, pad
         input_ids=input_ids,
         targets=targets,
         position_ids=position_ids,
+        learned_tokens=int((targets != IGNORE_INDEX).sum()),
+        tokens=sum(map(sum, documents)),
+        documents=documents,
+    )
+
+
+def split(batches: Sequence[MicroBatch], rows: int) -> list[MicroBatch]:
+    """The same rows in the same order, at most `rows` of one micro-batch in a forward.
+
+    Each part is as wide as it would be had it been made of these rows, so nothing but the order of sums depends on it.
+    """
+    return [part for batch in batches for part in _parts(batch, rows)]
+
+
+def _parts(batch: MicroBatch, rows: int) -> list[MicroBatch]:
+    if len(batch.documents) <= rows:
+        return [batch]
+    return [_part(batch, slice(start, start + rows)) for start in range(0, len(batch.documents), rows)]
+
+
+def _part(batch: MicroBatch, rows: slice) -> MicroBatch:
+    documents = batch.documents[rows]
+    width = padded_width(max(map(sum, documents)), batch.input_ids.shape[1])
+    targets = batch.targets[rows, :width]
+    return replace(
+        batch,
+        input_ids=batch.input_ids[rows, :width],
+        targets=targets,
+        position_ids=batch.position_ids[rows, :width],
         learned_tokens=int((targets != IGNORE_INDEX).sum()),
         tokens=sum(map(sum, documents)),
         documents=documents,

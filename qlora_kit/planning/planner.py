@@ -4,11 +4,12 @@ Why: a run that cannot fit is refused before torch is imported, in well under a 
 How: config -> shapes -> what `auto` comes to (decide) -> what each phase takes (phases) -> peak against the device's
 memory (hardware); and how long a step takes (timing). When it does not fit, changes are tried, each by planning again
 (suggest); when it does, how far it could go (room).
-Imports no torch. Imported by the command line.
+Imports no torch. Imported by the command line, training.memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +23,12 @@ from qlora_kit.planning.phases import Phase, peak_bytes, peak_moment, phases
 from qlora_kit.planning.quantities import host_blocks, resident_blocks, tokens
 from qlora_kit.planning.room import Room, least_bytes, room
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
-from qlora_kit.planning.suggest import Change, Cost, changed, suggestions
+from qlora_kit.planning.suggest import Change, Cost, changed, changes_of_a_run, single_changes, suggestions
 from qlora_kit.planning.timing import Estimate, estimate
 from qlora_kit.recipe import Memory, Recipe
 
 # Keys that a plan gives to the run: those that change no bit of its result.
-DECIDED = sorted(Memory.model_fields.keys() - {"budget", "loss_chunk_tokens", "mlp_tile_tokens"})
+DECIDED = sorted(Memory.model_fields.keys() - {"budget", "loss_chunk_tokens", "mlp_tile_tokens", "on_oom"})
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,21 @@ def plan_shapes(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
         return plan
 
     before = _cost(plan.peak_bytes, recipe, plan.estimated)
+    cost = _costs(shapes, device)
+    return replace(plan, suggestions=tuple(suggestions(recipe, single_changes(recipe), device, before, cost)))
+
+
+def changes_that_fit(recipe: Recipe, budget_bytes: int) -> list[str]:
+    """Suggestions, in values, for a recipe without `auto` that ran and is to take less; none if it is planned to."""
+    shapes, device = read_shapes(recipe), device_for(recipe.train.device, None, budget_bytes)
+    plan = _plan(shapes, recipe, device)
+    before = _cost(plan.peak_bytes, recipe, plan.estimated)
+    changes = changes_of_a_run(recipe, lambda eased: decided(shapes, eased, device))
+    return suggestions(recipe, changes, device, before, _costs(shapes, device))
+
+
+def _costs(shapes: ModelShapes, device: Device) -> Callable[[Recipe], Cost]:
+    """What a recipe takes on the device, its `auto` decided."""
 
     def cost(changed_recipe: Recipe) -> Cost:
         if device.kind != "cpu":  # a look at what needs least spares deciding what cannot fit
@@ -170,7 +186,7 @@ def plan_shapes(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
         run = decided(shapes, changed_recipe, device)
         return _cost(peak_bytes(shapes, run, device), run, estimate(shapes, run, device))
 
-    return replace(plan, suggestions=tuple(suggestions(recipe, device, before, cost)))
+    return cost
 
 
 def _cost(peak: int, recipe: Recipe, time: Estimate | None) -> Cost:

@@ -3,7 +3,7 @@
 Why: memory that is left over is worth knowing about before the run. How: what fits is what fits at its least, every
 `auto` of `memory` at what needs fewest bytes, blocks and vocabulary on disk if need be; `decide` finds that, or better.
 So one look at the peak is enough for each length tried: doubled until it is too much, then bisected.
-Imports no torch. Imported by planning/planner.
+Imports no torch. Imported by planning/planner, planning/suggest.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def room(shapes: ModelShapes, wanted: Memory, recipe: Recipe, device: Device) ->
     def fits(changed: Recipe) -> bool:
         return least_bytes(shapes, wanted, changed, device) <= device.memory_bytes
 
-    seq_len = _largest(lambda n: fits(with_length(n)), recipe.data.seq_len, SEQ_LEN_STEP, SEQ_LEN_LIMIT)
-    micro_batch = _largest(lambda n: fits(with_rows(n)), recipe.train.micro_batch, 1, MICRO_BATCH_LIMIT)
+    seq_len = largest(lambda n: fits(with_length(n)), recipe.data.seq_len, SEQ_LEN_STEP, SEQ_LEN_LIMIT)
+    micro_batch = largest(lambda n: fits(with_rows(n)), recipe.train.micro_batch, 1, MICRO_BATCH_LIMIT)
     return Room(seq_len, micro_batch)
 
 
@@ -79,7 +79,7 @@ def _leanest(wanted: Memory, recipe: Recipe) -> Iterator[Recipe]:
             return
 
 
-def _largest(fits: Callable[[int], bool], start: int, step: int, limit: int) -> int:
+def largest(fits: Callable[[int], bool], start: int, step: int, limit: int) -> int:
     """The largest multiple of `step` up to `limit` that fits, or `start`, which does."""
     few, many = start, 2 * start
     while many < limit and fits(many):

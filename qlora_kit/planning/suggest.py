@@ -1,18 +1,20 @@
 """What to change in a recipe that does not fit: lines to paste, each with what it saves and what time it costs.
 
 Why: "out of memory" is no help; the mildest change that fits is. How: single changes are tried, the one that costs
-least first; if none is enough alone, they are put together until they are. Imports no torch. Imported by
-planning/planner.
+least first; if none is enough alone, they are put together until they are. A run that was planned to fit and did not
+is given values, not `auto`: what that comes to was decided by the plan that was wrong. Imports no torch. Imported by
+planning/planner, training/memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from qlora_kit.optimizers import OPTIMIZERS
 from qlora_kit.planning.hardware import Device
+from qlora_kit.planning.room import SEQ_LEN_STEP, largest
 from qlora_kit.recipe import Recipe
 from qlora_kit.units import format_bytes
 
@@ -30,7 +32,13 @@ def changed(recipe: Recipe, change: Change) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def _changes(recipe: Recipe) -> Iterator[Change]:
+def in_rows(recipe: Recipe, rows: int) -> Change:
+    """Micro-batches of so many rows, and as many of them as a step has rows for."""
+    rows_of_step = recipe.train.micro_batch * recipe.train.grad_accumulation
+    return {"train.micro_batch": rows, "train.grad_accumulation": -(-rows_of_step // rows)}
+
+
+def single_changes(recipe: Recipe) -> Iterator[Change]:
     """Single changes that save memory, the one that costs least first: nothing, then time, then what is learned."""
     memory, train = recipe.memory, recipe.train
     given = memory.model_dump()
@@ -39,8 +47,11 @@ def _changes(recipe: Recipe) -> Iterator[Change]:
             yield {f"memory.{key}": "auto"}
     if memory.micro_batches_together not in ("auto", 1):
         yield {"memory.micro_batches_together": "auto"}
-    if train.micro_batch > 1:
-        yield {"train.micro_batch": 1, "train.grad_accumulation": train.grad_accumulation * train.micro_batch}
+    rows = train.micro_batch // 2
+    while rows >= 1:
+        if train.micro_batch % rows == 0:
+            yield in_rows(recipe, rows)
+        rows //= 2
     if memory.gradient_checkpointing not in ("auto", True):
         yield {"memory.gradient_checkpointing": "auto"}
     for tier in ("host", "disk"):
@@ -60,6 +71,17 @@ def _changes(recipe: Recipe) -> Iterator[Change]:
     while smaller >= SMALLEST_SUGGESTED_RANK:
         yield {"adapter.rank": smaller, "adapter.alpha": recipe.adapter.alpha * smaller / recipe.adapter.rank}
         smaller //= 2
+
+
+def changes_of_a_run(recipe: Recipe, decide: Callable[[Recipe], Recipe]) -> Iterator[Change]:
+    """The same for a recipe without `auto`, in values: first its switches as they would be decided for less memory."""
+    changes = list(single_changes(recipe))
+    eased = {key: value for change in changes for key, value in change.items() if value == "auto"}
+    memory = decide(changed(recipe, eased | {"memory.host_blocks": "auto"})).memory.model_dump()
+    switched = {f"memory.{key}": value for key, value in memory.items() if value != getattr(recipe.memory, key)}
+    if switched:
+        yield switched
+    yield from (change for change in changes if "auto" not in change.values())
 
 
 @dataclass(frozen=True)
@@ -102,31 +124,49 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def suggestions(recipe: Recipe, device: Device, before: Cost, cost: Callable[[Recipe], Cost]) -> list[str]:
+def suggestions(
+    recipe: Recipe, changes: Iterable[Change], device: Device, before: Cost, cost: Callable[[Recipe], Cost]
+) -> list[str]:
     """Changes that make it fit: each that does alone (the mildest of a key), else the fewest first ones together.
 
     Those that touch nothing of what is learned come first, of these the ones that cost least time. Every line was
     planned; if all changes together are not enough, the only line says what would be.
 
     Args:
+        changes: to try: `single_changes` or `changes_of_a_run`.
         before: what the recipe takes as it is.
         cost: what a changed one does, its `auto` decided.
     """
     alone: dict[str, tuple[Change, Cost]] = {}
-    for change in _changes(recipe):
+    changes = list(changes)
+    for change in changes:
         key = next(iter(change))
         if key not in alone and (after := cost(changed(recipe, change))).peak_bytes <= device.memory_bytes:
             alone[key] = (change, after)
     if not alone:
-        return [_together(recipe, device, before, cost)]
+        return [_together(recipe, changes, device, before, cost)]
+    if "data.seq_len" in alone:
+        longest = _longest(recipe, alone["data.seq_len"][0]["data.seq_len"], device, cost)
+        alone["data.seq_len"] = ({"data.seq_len": longest}, cost(changed(recipe, {"data.seq_len": longest})))
     ordered = sorted(alone.values(), key=lambda found: (_learned(found[0]), round(_time(before, found[1]), 2)))
     return [_line(change, before, after) for change, after in ordered]
 
 
-def _together(recipe: Recipe, device: Device, before: Cost, cost: Callable[[Recipe], Cost]) -> str:
+def _longest(recipe: Recipe, fitting: int, device: Device, cost: Callable[[Recipe], Cost]) -> int:
+    """The longest seq_len that fits, in steps; `fitting` does."""
+
+    def fits(seq_len: int) -> bool:
+        return cost(changed(recipe, {"data.seq_len": seq_len})).peak_bytes <= device.memory_bytes
+
+    return largest(fits, fitting, SEQ_LEN_STEP, recipe.data.seq_len - 1)
+
+
+def _together(
+    recipe: Recipe, changes: list[Change], device: Device, before: Cost, cost: Callable[[Recipe], Cost]
+) -> str:
     together: Change = {}
     least = before
-    for change in _changes(recipe):
+    for change in changes:
         after = cost(changed(recipe, together | change))
         if after.peak_bytes < least.peak_bytes:
             together, least = together | change, after

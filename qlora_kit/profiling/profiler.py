@@ -25,7 +25,7 @@ from qlora_kit.planning.report import MOMENTS
 from qlora_kit.profiling.tracker import Series, Tracker
 from qlora_kit.recipe import Recipe
 from qlora_kit.training.loop import train_step
-from qlora_kit.training.memory import out_of_memory, static_tensors
+from qlora_kit.training.memory import explained, static_tensors
 from qlora_kit.training.run import Run, choose_heap, prepare
 from qlora_kit.training.signals import StopRequest
 from qlora_kit.units import format_bytes, format_seconds
@@ -140,13 +140,11 @@ def profile(recipe: Recipe, plan: Plan, steps: int) -> Profile:
         run.output.rmdir()  # if it is empty: no run was here
     worst = _WorstSteps(run.batches)
     run.batches, run.total_steps = worst, max(run.total_steps, steps + 2)
-    try:
+    with explained(run):
         train_step(run)
         lines = [train_step(run) for _ in range(steps)]
         process_bytes = peak_bytes(device) - before_bytes if device.type == "cpu" else None
         tracker = follow_step(run)
-    except torch.OutOfMemoryError as refused:
-        raise out_of_memory(run, refused) from None
     return Profile(
         device=device.type,
         planned=plan.components,

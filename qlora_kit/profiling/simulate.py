@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from qlora_kit.base.owners import hand_over
 from qlora_kit.data.tokenize import Example
 from qlora_kit.optimizers import OPTIMIZERS
 from qlora_kit.planning.comparison import OTHER, comparison
@@ -28,7 +27,7 @@ from qlora_kit.recipe import Recipe
 from qlora_kit.training.evaluate import evaluate
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.memory import static_tensors
-from qlora_kit.training.run import Run, assemble, placement_of
+from qlora_kit.training.run import Run, assemble, make_gradients, placement_of
 from qlora_kit.training.signals import StopRequest
 from qlora_kit.units import format_bytes
 
@@ -124,15 +123,9 @@ def make_optimizer_state(run: Run) -> None:
     """torch's own optimizers make it in their first step: here one with gradients of zero, which needs no forward."""
     if run.optimizer.state:  # bitsandbytes': `training.optim` has made it
         return
-    _make_gradients(run)
+    make_gradients(run)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-
-
-def _make_gradients(run: Run) -> None:
-    for parameter in run.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    hand_over("gradients", (parameter.grad for parameter in run.parameters.values()))
 
 
 def simulate(plan: Plan, recipe: Recipe) -> Simulated:
@@ -165,7 +158,7 @@ def _simulate(recipe: Recipe, device: SimulatedDevice, is_later_group: bool) -> 
         device.reset_peak()
         with tracker:
             if is_later_group:
-                _make_gradients(run)
+                make_gradients(run)
             train_step(run)
         phases["train"], running, host_bytes = device.peak_bytes, "evaluation", device.peak_pinned_bytes
         if run.held_out:

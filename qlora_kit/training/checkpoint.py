@@ -41,6 +41,7 @@ class Progress:
     best_step: int | None = None
     learned_tokens: int = 0
     skipped_steps: int = 0
+    rows: int | None = None  # of a forward, one micro-batch at a time, since memory ran out; None: as the recipe says
 
 
 def save_checkpoint(

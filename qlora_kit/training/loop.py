@@ -28,16 +28,18 @@ from qlora_kit.base.device import (
 )
 from qlora_kit.base.owners import mark, owner
 from qlora_kit.console import note, warn
+from qlora_kit.data.batches import MicroBatch, split
 from qlora_kit.errors import NonFiniteError, RecipeError, Stopped
 from qlora_kit.recipe import Recipe
 from qlora_kit.training.checkpoint import load_checkpoint, rotate, save_checkpoint
 from qlora_kit.training.evaluate import Evaluation, evaluate
 from qlora_kit.training.loss import batch_losses
-from qlora_kit.training.memory import out_of_memory, write_memory
+from qlora_kit.training.memory import explained, write_memory
 from qlora_kit.training.metrics import Metrics, open_metrics
-from qlora_kit.training.run import Run, choose_heap, prepare
+from qlora_kit.training.run import Run, choose_heap, make_gradients, prepare
 from qlora_kit.training.schedule import learning_rate
 from qlora_kit.training.signals import stop_on_signal
+from qlora_kit.training.smaller import repeat_smaller
 
 NON_FINITE_LIMIT = 5  # steps in a row that may be skipped
 
@@ -82,10 +84,10 @@ def train(recipe: Recipe, *, resume: bool = False, restart: bool = False, plan: 
             _remove_run(output)
         files.write_text(output / "recipe.yaml", recipe.to_yaml())
         files.write_json(output / "plan.json", plan)
-        try:
+        with explained(run):
+            if run.progress.step == 0:
+                rehearse(run)
             result = _steps(run)
-        except torch.OutOfMemoryError as refused:
-            raise out_of_memory(run, refused) from None
         write_memory(output / "memory.json", plan, run, before_bytes)
         return result
 
@@ -147,6 +149,35 @@ def _steps(run: Run) -> Result:
     return Result(run.progress.step, loss, first, last, run.progress.best_step, peak_bytes(run.base.device), seconds)
 
 
+def rehearse(run: Run) -> None:
+    """Take the longest rows forward and backward before the first step and forget their gradients.
+
+    So what is to run out of memory does so now, not after hours; no bit of the run depends on it. It is one group of
+    micro-batches, which finds gradients of zero where others would come before it. None where step 1 comes at once and
+    has a group of that shape, as with packed rows. Evaluations begin with their longest rows, the first before step 1.
+    """
+    step, longest = run.batches.step(0), run.batches.worst()
+    group = longest[: run.together]
+    groups = [_shapes(step[start : start + run.together]) for start in range(0, len(step), run.together)]
+    if _shapes(group) in groups and not run.held_out:
+        return
+    note(f"first the longest rows, to see that they fit: {len(group)} micro-batch(es) of {_shapes(group)[0]} tokens")
+
+    def forward_and_backward() -> None:
+        if len(longest) > len(group):
+            make_gradients(run)
+        _gradients(run, group)
+
+    repeat_smaller(run, forward_and_backward)
+    run.optimizer.zero_grad(set_to_none=True)
+    trim_freed_memory()
+
+
+def _shapes(group: list[MicroBatch]) -> list[str]:
+    """ "rows x tokens" of each, in whatever order they pass."""
+    return sorted(" x ".join(map(str, batch.input_ids.shape)) for batch in group)
+
+
 def train_step(run: Run) -> dict[str, Any]:
     """One optimizer step; returns its line of metrics.
 
@@ -156,18 +187,7 @@ def train_step(run: Run) -> dict[str, Any]:
     started, step, settings = time.monotonic(), run.progress.step, run.recipe.train
     micro_batches = run.batches.step(step)
     learned = sum(batch.learned_tokens for batch in micro_batches)
-    total = torch.zeros((), dtype=torch.float32, device=run.base.device)
-    _set_training(run, True)
-    for start in range(0, len(micro_batches), run.together):
-        if run.stop:
-            _stop(run)
-        mark("embedding")
-        batches = micro_batches[start : start + run.together]
-        keys = [(settings.seed, step, start + index) for index in range(len(batches))]
-        loss = torch.stack(batch_losses(run.base, batches, run.chunk_tokens, keys)).sum()
-        mark("head backward")
-        (loss / max(1, learned)).backward()
-        total += loss.detach()
+    total = repeat_smaller(run, lambda: _gradients(run, micro_batches))
     mark("optimizer")
     trim_freed_memory()
     norm = clip(list(run.parameters.values()), settings.max_grad_norm)
@@ -194,9 +214,33 @@ def train_step(run: Run) -> dict[str, Any]:
     }
     line |= {"tokens": tokens, "learned_tokens": learned, "tokens_per_s": tokens / seconds, "step_s": seconds}
     line |= {"device_peak_bytes": peak_bytes(run.base.device), "host_rss_bytes": resident_bytes()}
+    if run.progress.rows is not None:
+        line["micro_batch"] = run.rows
     if not finite:
         return line | {"skipped": True, "loss": None, "grad_norm": None}
     return line
+
+
+def _gradients(run: Run, micro_batches: list[MicroBatch]) -> Tensor:
+    """Add the gradient of their mean loss into `.grad`; returns the summed loss, a scalar on the device.
+
+    Raises: Stopped: a signal came.
+    """
+    learned = sum(batch.learned_tokens for batch in micro_batches)
+    total = torch.zeros((), dtype=torch.float32, device=run.base.device)
+    parts, step = split(micro_batches, run.rows), run.progress.step
+    _set_training(run, True)
+    for start in range(0, len(parts), run.together):
+        if run.stop:
+            _stop(run)
+        mark("embedding")
+        batches = parts[start : start + run.together]
+        keys = [(run.recipe.train.seed, step, start + index) for index in range(len(batches))]
+        loss = torch.stack(batch_losses(run.base, batches, run.chunk_tokens, keys)).sum()
+        mark("head backward")
+        (loss / max(1, learned)).backward()
+        total += loss.detach()
+    return total
 
 
 def clip(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
@@ -218,7 +262,9 @@ def _set_training(run: Run, mode: bool) -> None:
 
 def _evaluate(run: Run, metrics: Metrics) -> Evaluation:
     """Held-out loss now; the adapter is kept in `best/` when it is the lowest so far."""
-    evaluation = evaluate(run.base, run.held_out, run.chunk_tokens, run.together)
+    evaluation = repeat_smaller(
+        run, lambda: evaluate(run.base, split(run.held_out, run.rows), run.chunk_tokens, run.together)
+    )
     progress = run.progress
     if progress.best_loss is None or evaluation.loss < progress.best_loss:
         progress.best_loss, progress.best_step = evaluation.loss, progress.step

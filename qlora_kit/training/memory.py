@@ -8,21 +8,22 @@ Imported by: training.loop, training.summary, profiling, tools.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qlora_kit import files
-from qlora_kit.base.device import peak_bytes, runtime_bytes
+from qlora_kit.base.device import attainable_bytes, is_out_of_memory, peak_bytes, runtime_bytes
 from qlora_kit.base.linear import FrozenLinear
 from qlora_kit.base.loader import Base
 from qlora_kit.errors import BudgetError
 from qlora_kit.planning.comparison import comparison
-from qlora_kit.planning.planner import make_plan
+from qlora_kit.planning.planner import changes_that_fit, make_plan
+from qlora_kit.planning.suggest import changed, in_rows
 from qlora_kit.training.optim import optimizer_state
 from qlora_kit.training.run import Run
 from qlora_kit.units import format_bytes
@@ -87,22 +88,42 @@ def write_memory(path: Path, plan: dict[str, Any] | None, run: Run, before_bytes
     files.write_json(path, {"planned": planned, "measured": measured})
 
 
-def out_of_memory(run: Run, refused: torch.OutOfMemoryError) -> BudgetError:
-    """What to raise when a step ran out of memory: what holds it, and the smallest changes that are planned to fit.
+@contextlib.contextmanager
+def explained(run: Run) -> Iterator[None]:
+    """Within the with-block, running out of memory is a BudgetError that says what holds it and what would fit."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        reason = str(problem).partition("\n")[0] or type(problem).__name__
+    else:
+        return
+    raise _out_of_memory(run, reason) from None
 
-    They are planned to SHORT_OF of what this run was planned to, since that was too much.
+
+def _out_of_memory(run: Run, reason: str) -> BudgetError:
+    """What holds the memory, and the smallest changes that fit.
+
+    The step needs more than the device could give, so a plan for less than that was wrong by at least their ratio: what
+    it could give, scaled by planned / needed, is at most the planned peak. Where more was planned than it could give,
+    that is the limit. The changes are planned to SHORT_OF of the smaller of the two.
     """
     run.optimizer.zero_grad(set_to_none=True)
     held = {name: count for name, count in static_bytes(run).items() if count}
-    plan = make_plan(run.recipe)
-    smaller = make_plan(run.recipe, budget_bytes=int(SHORT_OF * plan.peak_bytes))
+    change = in_rows(run.recipe, run.rows) | {"memory.micro_batches_together": run.together}
+    recipe = changed(run.recipe, change)
+    plan = make_plan(recipe)
+    given = attainable_bytes(run.base.device) + plan.device.runtime_bytes
+    limit = int(SHORT_OF * min(plan.peak_bytes, given))
     return BudgetError(
         "\n  ".join(
             [
-                f"out of memory in step {run.progress.step + 1}: {str(refused).splitlines()[0]}",
+                f"out of memory in step {run.progress.step + 1}: {reason}",
                 "held all through: " + ", ".join(f"{name} {format_bytes(count)}" for name, count in held.items()),
-                "the rest are activations, logits and gradients; planned peak " + format_bytes(plan.peak_bytes),
-                *(f"less memory with: {line}" for line in smaller.suggestions),
+                "the rest are activations, logits and gradients; "
+                f"planned peak {format_bytes(plan.peak_bytes)} of {format_bytes(given)} that there are",
+                *(f"less memory with: {line}" for line in changes_that_fit(plan.placed(recipe), limit)),
             ]
         )
     )

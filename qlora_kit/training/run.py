@@ -19,6 +19,7 @@ from qlora_kit.adapters.inject import inject, trainable_parameters
 from qlora_kit.adapters.lora import DropoutSeed
 from qlora_kit.base.device import keep_freed_memory, pick_device, return_freed_memory
 from qlora_kit.base.loader import Base, load_base
+from qlora_kit.base.owners import hand_over
 from qlora_kit.base.quantize_model import is_quantized, quantize_model
 from qlora_kit.base.shards import Shards, find_shards
 from qlora_kit.base.source import base_fingerprint, resolve_folder
@@ -36,11 +37,12 @@ from qlora_kit.training.optim import build_optimizer
 from qlora_kit.training.signals import StopRequest
 
 ROOMY_SHARE = 0.7  # of the budget; a plan below it leaves room for a faster, less frugal heap
-# Keys that change where a run lives or how often it speaks, but not one bit of its result.
+# Keys that change where a run lives or how often it speaks, but not one bit of its result; and `on_oom`, so that a run
+# which ran out of memory can go on with `split`: what that does is in the checkpoint (`Progress.rows`).
 FREE_KEYS = frozenset(
     "model.path model.revision model.keep_quantized data.train data.eval memory.budget memory.placement "
     "memory.resident_blocks memory.host_blocks memory.embeddings memory.gradient_checkpointing "
-    "memory.activation_offload memory.keep_dequantized memory.micro_batches_together train.eval_every "
+    "memory.activation_offload memory.keep_dequantized memory.micro_batches_together memory.on_oom train.eval_every "
     "train.save_every train.keep_checkpoints train.trackers train.device output".split()
 )
 
@@ -69,10 +71,22 @@ class Run:
         return loss_chunk_tokens(self.recipe)
 
     @property
+    def rows(self) -> int:
+        """Rows of a forward, at most."""
+        return self.progress.rows or self.recipe.train.micro_batch
+
+    @property
     def together(self) -> int:
         """Micro-batches that pass each block together."""
         wanted = self.recipe.memory.micro_batches_together
-        return 1 if wanted == "auto" else wanted
+        return 1 if wanted == "auto" or self.progress.rows is not None else wanted
+
+
+def make_gradients(run: Run) -> None:
+    """Gradients of zero: the memory that a micro-batch finds taken by those before it."""
+    for parameter in run.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    hand_over("gradients", (parameter.grad for parameter in run.parameters.values()))
 
 
 def choose_heap(device: torch.device, peak_bytes: int, budget_bytes: int) -> None:

@@ -17,7 +17,7 @@ from transformers import (
     MistralConfig,
 )
 
-from qlora_kit.data.batches import Batches, MicroBatch, eval_batches, permutation
+from qlora_kit.data.batches import Batches, MicroBatch, eval_batches, permutation, split
 from qlora_kit.data.tokenize import IGNORE_INDEX, Example
 
 VOCABULARY = 61
@@ -225,3 +225,15 @@ def test_the_worst_step_is_made_of_the_longest_rows() -> None:
     batches = Batches(examples, **shape, seed=0, pad_id=0)
     assert [batch.documents for batch in batches.worst()] == [[[9], [8]], [[7], [5]]]
     assert torch.equal(batches.worst()[0].input_ids, batches.longest().input_ids)
+
+
+def test_a_split_batch_is_what_smaller_batches_of_the_same_rows_would_have_been() -> None:
+    examples = random_examples(70, 40, 33, 5, 5, 3)
+    shape: dict[str, Any] = {"seq_len": 80, "packing": False, "pad_id": 0}
+    parts = split(eval_batches(examples, micro_batch=4, **shape), 2)
+    expected = eval_batches(examples, micro_batch=2, **shape)
+    assert [part.input_ids.shape[1] for part in parts] == [80, 64, 32]
+    for part, same in zip(parts, expected, strict=True):
+        for name, value in vars(same).items():
+            found = getattr(part, name)
+            assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value

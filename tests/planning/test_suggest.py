@@ -6,7 +6,7 @@ import pytest
 
 from qlora_kit.planning.hardware import Device
 from qlora_kit.planning.planner import Plan, make_plan
-from qlora_kit.planning.suggest import Cost, suggestions
+from qlora_kit.planning.suggest import Cost, single_changes, suggestions
 from qlora_kit.recipe import Recipe, recipe_for_model
 
 GIB = 2**30
@@ -37,8 +37,20 @@ def test_every_suggested_line_fits_when_it_is_followed(gib: float) -> None:
 
 
 def test_a_smaller_micro_batch_keeps_the_tokens_of_a_step() -> None:
-    lines = plan("llama-2-7b", "train.micro_batch=16", "train.grad_accumulation=2", gib=8).suggestions
-    assert any("--set train.micro_batch=1 --set train.grad_accumulation=32" in line for line in lines)
+    asked = ("train.micro_batch=16", "train.grad_accumulation=2")
+    (line,) = [line for line in plan("llama-2-7b", *asked, gib=8).suggestions if "train.micro_batch=" in line]
+    rows, micro_batches = (int(option.partition("=")[2]) for option in options(line))
+    assert rows < 16 and rows * micro_batches == 32
+    assert not plan("llama-2-7b", *asked, *options(f"train.micro_batch={2 * rows}"), gib=8).fits
+
+
+def test_the_longest_rows_that_fit_are_suggested_not_just_half_as_long_ones() -> None:
+    asked = ("data.seq_len=8192", "memory.placement=device", "memory.embeddings=device", "train.micro_batch=2")
+    (line,) = [line for line in plan("llama-2-7b", *asked, gib=8).suggestions if "data.seq_len=" in line]
+    (option,) = options(line)
+    seq_len = int(option.partition("=")[2])
+    assert seq_len % 256 == 0 and seq_len.bit_count() > 1
+    assert not plan("llama-2-7b", *asked, f"data.seq_len={seq_len + 256}", gib=8).fits
 
 
 def test_an_unquantized_base_that_does_not_fit_is_told_of_nf4() -> None:
@@ -88,7 +100,7 @@ def costs(**seconds: float) -> list[str]:
         return Cost(peak, seconds.get(changed_keys[0], 1.0) if changed_keys else 1.0)
 
     recipe = recipe_for_model("llama-7b", ["train.micro_batch=2", "train.optimizer=adamw_32bit"])
-    return suggestions(recipe, Device("cuda", "card", 9 * GIB), cost(recipe), cost)
+    return suggestions(recipe, single_changes(recipe), Device("cuda", "card", 9 * GIB), cost(recipe), cost)
 
 
 def test_each_says_what_it_saves_and_what_time_it_costs() -> None:
