@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qlora_kit.base.loader import Base
     from qlora_kit.base.streaming import Placement
     from qlora_kit.planning.planner import Plan
+    from qlora_kit.planning.shapes import ModelShapes
     from qlora_kit.profiling.profiler import Profile
     from qlora_kit.recipe import Model, Recipe
 
@@ -42,8 +43,14 @@ def recipe_or_model(target: str, overrides: list[str]) -> Recipe:
     return recipe_for_model(target, overrides)
 
 
-def plan_recipe(recipe: Recipe, budget: str | None = None, gpu: str | None = None, stack: str = "kit") -> Plan:
-    """The plan of a recipe for `--budget`, `--gpu` and `--stack`.
+def plan_recipe(
+    recipe: Recipe,
+    budget: str | None = None,
+    gpu: str | None = None,
+    stack: str = "kit",
+    shapes: ModelShapes | None = None,
+) -> Plan:
+    """The plan of a recipe for `--budget`, `--gpu` and `--stack`; of a model of known shapes, if given.
 
     Raises: RecipeError: the budget is no size, or the card unknown.
     """
@@ -56,8 +63,8 @@ def plan_recipe(recipe: Recipe, budget: str | None = None, gpu: str | None = Non
     except ValueError as error:
         raise RecipeError(f"--budget: {error}") from None
     if stack != "kit":
-        return plan_in_stack(recipe, stack, budget_bytes=budget_bytes, gpu=gpu)
-    return make_plan(recipe, budget_bytes=budget_bytes, gpu=gpu)
+        return plan_in_stack(recipe, stack, budget_bytes=budget_bytes, gpu=gpu, shapes=shapes)
+    return make_plan(recipe, budget_bytes=budget_bytes, gpu=gpu, shapes=shapes)
 
 
 def require_fit(plan: Plan, recipe_file: Path) -> None:

@@ -1,25 +1,34 @@
 """What `plan` answers: the plan, the lengths of a data file if one is given, and what to do next. Imported by: cli.
 
-Heavy imports stand inside the functions: a plan imports no torch, and only `--data` imports a tokenizer.
+Heavy imports stand inside the functions: a plan imports no torch but for an architecture without a row, which is built
+on the meta device; only `--data` imports a tokenizer.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.architectures import ARCHITECTURES, PLANNED_ONLY
 from qlora_kit.commands import is_recipe, plan_recipe, recipe_or_model
+from qlora_kit.console import note
 from qlora_kit.errors import RecipeError
 
 if TYPE_CHECKING:
     from qlora_kit.data.lengths import Lengths
     from qlora_kit.planning.planner import Plan
+    from qlora_kit.planning.shapes import ModelShapes
     from qlora_kit.profiling.simulate import Simulated
     from qlora_kit.recipe import Recipe
 
+FUSED_EXPERTS = (
+    "its experts count as linears of their own, in 4 bits where the base is, as this kit would quantize them; "
+    "transformers 5 stores them fused, which bitsandbytes leaves as they are"
+)
 OVER_BUDGET = 1.0  # added to the distance of a recipe for a larger device than there is
 
 
@@ -31,12 +40,14 @@ class Answer:
         target: the recipe or model that was asked about.
         lengths: of the data file, if one was given; the plan is then for its longest row.
         simulated: what the real code took on a simulated card, if that was asked for.
+        untrained: the model's architecture, if this kit does not train it.
     """
 
     target: str
     plan: Plan
     lengths: Lengths | None = None
     simulated: Simulated | None = None
+    untrained: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -46,6 +57,8 @@ class Answer:
     @property
     def next_step(self) -> str:
         """The command to go on with: train a recipe; for a model, copy the prepared recipe that is nearest."""
+        if self.untrained is not None:
+            return f"none here: this kit does not train model_type {self.untrained!r}"
         if is_recipe(self.target):
             return f"qlora-kit train {self.target}"
         name = nearest_recipe(self.plan)
@@ -97,12 +110,44 @@ def answer(
     if simulate and stack != "kit":
         raise RecipeError(f"--simulate runs this kit's own code, so it cannot be asked about --stack {stack}")
     recipe, lengths = recipe_or_model(target, overrides), None
+    shapes = _shapes(recipe)
     if data is not None:
         lengths = _lengths(recipe, data)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"seq_len": lengths.longest_row})})
-    plan = plan_recipe(recipe, budget, gpu, stack)
+    plan = plan_recipe(recipe, budget, gpu, stack, shapes)
     simulated = _simulated(plan, recipe) if simulate else None
-    return Answer(target, _timed(plan, lengths) if lengths and plan.estimated else plan, lengths, simulated)
+    plan = _timed(plan, lengths, shapes) if lengths and plan.estimated else plan
+    return Answer(target, plan, lengths, simulated, None if shapes.model_type in ARCHITECTURES else shapes.model_type)
+
+
+def _shapes(recipe: Recipe) -> ModelShapes:
+    """The shapes of the recipe's model: by its row, or else by building transformers' class of it, which is said.
+
+    Raises: ModelError: no usable config, or an architecture that transformers does not know either.
+    """
+    from qlora_kit.planning.shapes import model_shapes, read_config
+
+    config, source = read_config(recipe.model.path, recipe.model.revision)
+    name = config.get("model_type")
+    notes: list[str] = []
+    if not isinstance(name, str) or name in ARCHITECTURES or name in PLANNED_ONLY or "text_config" in config:
+        shapes = model_shapes(config, source, planned_only=True)
+    else:
+        shapes, notes = _built(config, source)
+    if shapes.experts[0] > 1:
+        notes.append(FUSED_EXPERTS)
+    if name not in ARCHITECTURES:
+        note("; ".join([f"model_type {name!r} is not one that this kit trains: planned only", *notes]))
+    return shapes
+
+
+def _built(config: dict[str, Any], source: str) -> tuple[ModelShapes, list[str]]:
+    started = time.monotonic()
+    from qlora_kit.base.meta_shapes import meta_shapes
+
+    shapes, notes = meta_shapes(config, source)
+    how = f"its shapes are those of transformers' class, built without memory in {time.monotonic() - started:.1f} s"
+    return shapes, [how, "activations are an estimate", *notes]
 
 
 def _simulated(plan: Plan, recipe: Recipe) -> Simulated:
@@ -113,7 +158,6 @@ def _simulated(plan: Plan, recipe: Recipe) -> Simulated:
 
 def _lengths(recipe: Recipe, data: Path) -> Lengths:
     """The file as the recipe's run would read it, with the tokenizer of its model."""
-    from qlora_kit.console import note
     from qlora_kit.data.lengths import measure
     from qlora_kit.data.tokenize import load_tokenizer
 
@@ -127,9 +171,8 @@ def _lengths(recipe: Recipe, data: Path) -> Lengths:
     return measure(data, recipe, load_tokenizer(folder))
 
 
-def _timed(plan: Plan, lengths: Lengths) -> Plan:
+def _timed(plan: Plan, lengths: Lengths, shapes: ModelShapes) -> Plan:
     """The plan with the time of steps of mean rows, and of a run over the file."""
-    from qlora_kit.planning.planner import read_shapes
     from qlora_kit.planning.timing import estimate
     from qlora_kit.recipe import Recipe
 
@@ -139,7 +182,7 @@ def _timed(plan: Plan, lengths: Lengths) -> Plan:
         "data": settings.data.model_copy(update={"seq_len": lengths.mean_row}),
         "train": settings.train.model_copy(update={"steps": steps, "epochs": None}),
     }
-    return replace(plan, estimated=estimate(read_shapes(settings), settings.model_copy(update=change), plan.device))
+    return replace(plan, estimated=estimate(shapes, settings.model_copy(update=change), plan.device))
 
 
 # ------------------------------------------------------------------------------------------------ which recipe to copy

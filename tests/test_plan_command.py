@@ -79,6 +79,15 @@ def test_a_recipe_is_followed_by_its_training(tmp_path: Path) -> None:
     assert answer(str(mine), [], gpu="rtx-4090").next_step == f"qlora-kit train {mine}"
 
 
+def test_mixtral_is_planned_and_its_experts_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned("mixtral-8x7b", "h100")
+    assert found.plan.base_parameters == 46_702_792_704
+    assert found.plan.components["base_nf4"] == (46_702_792_704 - 2 * 32000 * 4096 - 65 * 4096) // 2
+    said = capsys.readouterr().err
+    assert "'mixtral' is not one that this kit trains" in said and "experts count as linears of their own" in said
+    assert "does not train" in found.next_step
+
+
 def test_a_data_file_needs_a_local_model() -> None:
     with pytest.raises(RecipeError, match=r"--data t.jsonl: token lengths need .*'gpt2' is no local folder"):
         answer("gpt2", [], gpu="rtx-4090", data=Path("t.jsonl"))

@@ -122,10 +122,14 @@ def _branch_values(shapes: ModelShapes, recipe: Recipe, *, mlp: bool) -> int:
 
 
 def _mlp_values(shapes: ModelShapes, recipe: Recipe) -> int:
-    """Values a token that autograd keeps inside an MLP: `mlp_saved` tensors of its width, their product, and x A."""
-    row = shapes.architecture
+    """Values a token that autograd keeps inside an MLP: `mlp_saved` tensors of its width, their product, and x A.
+
+    Of experts, as many as a token passes, and their outputs, which are weighted.
+    """
+    row, (experts, used) = shapes.architecture, shapes.experts
     inner = shapes.linear(row.mlp_out).in_features
-    return (row.mlp_saved + 1) * inner + _branch_values(shapes, recipe, mlp=True)
+    outputs = shapes.hidden if experts > 1 else 0
+    return used * ((row.mlp_saved + 1) * inner + _branch_values(shapes, recipe, mlp=True) + outputs)
 
 
 def _around_mlp(shapes: ModelShapes, recipe: Recipe) -> int:

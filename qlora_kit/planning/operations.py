@@ -64,21 +64,22 @@ def count_products(shapes: ModelShapes, recipe: Recipe) -> dict[str, Products]:
     """The products of one micro-batch of full rows, each its own document, by part of the step.
 
     Block 0's attention inputs need no gradient of x: the embedding is frozen. The product of the MLP's last linear is
-    not needed again in recomputation, only its input (and x A, for B's gradient).
+    not needed again in recomputation, only its input (and x A, for B's gradient). An expert has its share.
     """
-    row, count = shapes.architecture, tokens(recipe)
+    row, count, (experts, used) = shapes.architecture, tokens(recipe), shapes.experts
     work: dict[str, Products] = {part: defaultdict(float) for part in PARTS}
     for blocks, first, recomputed, selected in _runs(shapes, recipe):
         for linear in shapes.linears:
             outputs, inputs = linear.out_features, linear.in_features
+            often = blocks * (used / experts if ".experts." in linear.name else 1)
             whole = recomputed and linear.name != row.mlp_out
             needs_x = not first or linear.name not in row.attention_in
-            work["forward"][Product("NT", count, inputs, outputs)] += blocks
-            work["recomputation"][Product("NT", count, inputs, outputs)] += blocks * whole
-            work["backward"][Product("NN", count, outputs, inputs)] += blocks * needs_x
+            work["forward"][Product("NT", count, inputs, outputs)] += often
+            work["recomputation"][Product("NT", count, inputs, outputs)] += often * whole
+            work["backward"][Product("NN", count, outputs, inputs)] += often * needs_x
             if linear in selected:
                 sizes = (count, inputs, outputs, recipe.adapter.rank)
-                _add_branch(work["adapter"], blocks, sizes, recomputed + whole, needs_x)
+                _add_branch(work["adapter"], often, sizes, recomputed + whole, needs_x)
     _add_attention(work["attention"], shapes, recipe)
     chunk, vocabulary = loss_chunk_tokens(recipe), shapes.vocabulary
     chunks = recipe.train.micro_batch * (recipe.data.seq_len - 1) / chunk  # of the learned positions
@@ -87,7 +88,7 @@ def count_products(shapes: ModelShapes, recipe: Recipe) -> dict[str, Products]:
     return work
 
 
-def _add_branch(work: Products, blocks: int, sizes: tuple[int, int, int, int], again: int, needs_x: bool) -> None:
+def _add_branch(work: Products, blocks: float, sizes: tuple[int, int, int, int], again: int, needs_x: bool) -> None:
     """x A^T and its B, recomputed (`again` 2) or only x A^T (1); gradients of B and A, and through B and A."""
     count, inputs, outputs, rank = sizes
     work[Product("NT", count, inputs, rank)] += blocks * (1 + (again > 0))

@@ -131,18 +131,21 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, *, budget_bytes: int | None = None, gpu: str | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, *, budget_bytes: int | None = None, gpu: str | None = None, shapes: ModelShapes | None = None
+) -> Plan:
     """Plan a recipe from the config of its model alone; nothing is loaded.
 
     Args:
         recipe: what to run; `model.path` may also be a name of the built-in catalogue.
         budget_bytes: `--budget`; goes before the recipe's `memory.budget`.
         gpu: `--gpu`, a card of the catalogue; with a budget too, the smaller of the two counts.
+        shapes: of the model, where they are known by other means than a row of ARCHITECTURES.
     Raises: ModelError: no usable config. RecipeError: unknown card, or targets that select nothing.
     """
     if budget_bytes is None and recipe.memory.budget != "auto":
         budget_bytes = recipe.memory.budget
-    shapes = read_shapes(recipe)
+    shapes = shapes or read_shapes(recipe)
     device = device_for(recipe.train.device, gpu, budget_bytes)
     plan = plan_shapes(shapes, recipe, device)
     if not plan.fits:

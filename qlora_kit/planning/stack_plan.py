@@ -23,17 +23,24 @@ from qlora_kit.planning.suggest import changed
 from qlora_kit.recipe import Recipe
 
 
-def plan_in_stack(recipe: Recipe, stack: str, *, budget_bytes: int | None = None, gpu: str | None = None) -> Plan:
+def plan_in_stack(
+    recipe: Recipe,
+    stack: str,
+    *,
+    budget_bytes: int | None = None,
+    gpu: str | None = None,
+    shapes: ModelShapes | None = None,
+) -> Plan:
     """Plan a recipe for a stack of STACKS, from the config of its model alone.
 
     Args:
-        budget_bytes, gpu: as `make_plan` takes them.
+        budget_bytes, gpu, shapes: as `make_plan` takes them.
     Raises: ModelError: no usable config. RecipeError: unknown card, or targets that select nothing.
     """
     if budget_bytes is None and recipe.memory.budget != "auto":
         budget_bytes = recipe.memory.budget
-    config, source = read_config(recipe.model.path, recipe.model.revision)
-    shapes = model_shapes(config, source, planned_only=True)
+    if shapes is None:
+        shapes = model_shapes(*read_config(recipe.model.path, recipe.model.revision), planned_only=True)
     return plan_shapes_in_stack(shapes, recipe, stack, device_for(recipe.train.device, gpu, budget_bytes))
 
 

@@ -3,8 +3,9 @@
 Why: a plan is formulas; this runs what they describe, on any machine, and says what took the memory when it runs out.
 How: a base without weights (`unfilled`), rows as long as they may be, every token learned; transformers' model, the
 streamer, the loop and the optimizer run a step on a device that has what was allowed and no more. Tensors have shapes
-and bytes but no values, so a step of a 70B takes seconds. What an allocator loses to fragmentation, and what kernels
-take inside, is not simulated. Imported by: `plan --simulate`, tools, tests.
+and bytes but no values, and `simulate` runs blocks that are alike once (`simulated_blocks`), so a step of a 70B takes
+seconds. What an allocator loses to fragmentation, and what kernels take inside, is not simulated.
+Imported by: `plan --simulate`, tools, tests.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from qlora_kit.optimizers import OPTIMIZERS
 from qlora_kit.planning.comparison import OTHER, comparison
 from qlora_kit.planning.components import COMPONENTS, Ledger
 from qlora_kit.planning.planner import Plan
+from qlora_kit.profiling.simulated_blocks import pass_alike_blocks
 from qlora_kit.profiling.simulated_device import SimulatedDevice, simulated_device
 from qlora_kit.profiling.tracker import Series, Tracker
 from qlora_kit.profiling.unfilled import unfilled_base
@@ -154,6 +156,7 @@ def _simulate(recipe: Recipe, device: SimulatedDevice, is_later_group: bool) -> 
     tracker, running, refused, host_bytes = Tracker(torch.device(DEVICE)), "loading", None, 0
     try:
         run = unfilled_run(recipe, held_out=recipe.data.eval is not None)
+        pass_alike_blocks(run.base)
         tracker, running = Tracker(torch.device(DEVICE), static_tensors(run)), "training"
         device.reset_peak()
         with tracker:
