@@ -13,10 +13,14 @@ from qlora_kit.planning.shapes import ModelShapes
 from qlora_kit.recipe import Recipe
 
 
-def is_masked(shapes: ModelShapes, recipe: Recipe) -> bool:
-    """Whether fused attention needs a mask: packed documents, several sequences that may be padded, or a window."""
+def is_masked(shapes: ModelShapes, recipe: Recipe, masks_padding: bool = False) -> bool:
+    """Whether fused attention needs a mask: packed documents, or a window that is shorter than the sequence.
+
+    Args:
+        masks_padding: where several sequences are padded, too; this kit pads to the right and needs none.
+    """
     windowed = shapes.window is not None and recipe.data.seq_len > shapes.window
-    return recipe.data.packing or recipe.train.micro_batch > 1 or windowed
+    return recipe.data.packing or windowed or (masks_padding and recipe.train.micro_batch > 1)
 
 
 def _squares(recipe: Recipe) -> int:
@@ -74,7 +78,7 @@ def _attention_values(shapes: ModelShapes, recipe: Recipe) -> int:
     return 2 * query + key + (key if key > (produced - query) // 2 else produced)
 
 
-def score_bytes(shapes: ModelShapes, recipe: Recipe) -> int:
+def score_bytes(shapes: ModelShapes, recipe: Recipe, masks_padding: bool = False) -> int:
     """What attention keeps that grows with seq_len squared.
 
     Fused: the mask, turned into `model.dtype` to be added. Otherwise the capped scores of every head in `model.dtype`,
@@ -82,7 +86,7 @@ def score_bytes(shapes: ModelShapes, recipe: Recipe) -> int:
     """
     if shapes.architecture.eager_attention:
         return _squares(recipe) * shapes.heads * (2 * value_bytes(recipe) + FP32)
-    return _squares(recipe) * value_bytes(recipe) if is_masked(shapes, recipe) else 0
+    return _squares(recipe) * value_bytes(recipe) if is_masked(shapes, recipe, masks_padding) else 0
 
 
 def _norm_inputs(shapes: ModelShapes, of_heads: bool) -> int:
