@@ -129,7 +129,7 @@ def train(
 
     The run is refused before anything is loaded if it cannot fit. SIGINT and SIGTERM save the state first (exit 130,
     143); `--resume` then continues bit for bit. The folder `output` ends with `adapter/` (PEFT's format), `best/` (the
-    step with the lowest held-out loss), `checkpoints/`, `metrics.jsonl`, `plan.json` and `memory.json`.
+    step with the lowest held-out loss), `checkpoints/`, `metrics.jsonl`, `plan.json`, `memory.json` and `report.html`.
 
     Example: `qlora-kit train my.yaml --set adapter.rank=32 --set output=runs/rank32`
     """
@@ -138,10 +138,11 @@ def train(
     recipe = load_recipe(recipe_file, overrides or [])
     made = plan_recipe(recipe)
     require_fit(made, recipe_file)
+    from qlora_kit.profiling.profiler import followed_step
     from qlora_kit.training.loop import train as run_training
 
     recipe = made.placed(recipe)
-    result = run_training(recipe, resume=resume, restart=restart, plan=made.to_json())
+    result = run_training(recipe, resume=resume, restart=restart, plan=made.to_json(), first_step=followed_step)
     from qlora_kit.training.summary import print_summary
 
     print_summary(recipe, result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,15 @@ def write_model(folder: Path, model_type: str, dtype: torch.dtype = torch.float3
             parameter.add_(torch.randn_like(parameter) * 0.05)
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What runs leave for later plans goes nowhere near the user's cache; children inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("QLORA_KIT_NO_CALIBRATION", "1")  # no test's plan depends on the runs before it
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text("utf-8")
 # The order, lowest first: a part imports, at module level, only from rows above its own. A package is one part.
 ORDER = (
     ("", "errors", "units"),  # "": qlora_kit/__init__.py
-    ("files", "console", "architecture_parts", "optimizers"),
+    ("files", "console", "pages", "architecture_parts", "optimizers"),
     ("architectures", "recipe_yaml"),
     ("recipe",),
     ("planning", "data", "prepared"),
@@ -36,8 +36,8 @@ ORDER = (
 )
 RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}
 # The torch line: what is planned, checked or said before a run must not wait for seconds of imports.
-LIGHT_PARTS = {"", "errors", "units", "files", "console", "architecture_parts", "architectures", "optimizers"}
-LIGHT_PARTS |= {"prepared", "recipe", "recipe_yaml"}
+LIGHT_PARTS = {"", "errors", "units", "files", "console", "pages", "architecture_parts", "architectures"}
+LIGHT_PARTS |= {"optimizers", "prepared", "recipe", "recipe_yaml"}
 LIGHT_PARTS |= {"planning", "doctor", "commands", "options", "cli", "__main__"}
 LIGHT_PARTS |= {"model_commands", "plan_command"}
 LIGHT_FILES = {f"data/{name}.py" for name in ("__init__", "formats", "templates", "tokenize", "packing", "lengths")}

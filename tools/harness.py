@@ -30,7 +30,6 @@ from qlora_kit import files
 from qlora_kit.data.tokenize import IGNORE_INDEX, Example
 from qlora_kit.errors import QLoRAKitError
 from qlora_kit.planning.planner import Plan, make_plan
-from qlora_kit.planning.shapes import read_config
 from qlora_kit.recipe import Recipe, load_recipe
 from tools.cgroups import Group, entering
 
@@ -114,12 +113,6 @@ def process_memory(pid: int | str = "self") -> dict[str, int]:
 def forget_peak() -> None:
     """Let the process' peak begin anew at what it holds now; Linux."""
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def model_modules(model: str) -> tuple[str, ...]:
-    """What transformers would import on its way to a model, by the model's config."""
-    model_type = read_config(model)[0]["model_type"].removesuffix("_text")
-    return ("transformers.models.auto.modeling_auto", f"transformers.models.{model_type}.modeling_{model_type}")
 
 
 def serve(modules: Iterable[str], load: Callable[[], Questions]) -> None:

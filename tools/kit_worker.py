@@ -15,13 +15,14 @@ import torch
 
 from qlora_kit.base.device import pick_device
 from qlora_kit.base.shards import save_tensors
+from qlora_kit.base.source import libraries
 from qlora_kit.planning.planner import make_plan
 from qlora_kit.recipe import Recipe, load_recipe
 from qlora_kit.training.loop import train_step
 from qlora_kit.training.memory import static_bytes
 from qlora_kit.training.run import Run, assemble, choose_heap, place_base
 from qlora_kit.training.signals import StopRequest
-from tools.harness import Answer, Questions, model_modules, random_examples, serve
+from tools.harness import Answer, Questions, random_examples, serve
 
 RANDOM_B = 0.01  # standard deviation
 
@@ -30,7 +31,7 @@ def build_run(recipe: Recipe, steps: int) -> Run:
     """The kit's `Run` on random data, `steps` steps of it different; built as `qlora-kit train` builds one."""
     plan = make_plan(recipe)
     device = pick_device(recipe.train.device)
-    choose_heap(device, plan.peak_bytes, plan.budget_bytes)
+    choose_heap(device, plan.components, plan.budget_bytes)
     base = place_base(recipe, device)
     rows = steps * recipe.train.grad_accumulation * recipe.train.micro_batch
     examples = random_examples(rows, recipe.data.seq_len, base.model.config.vocab_size)
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="how many have data of their own")
     parser.add_argument("--gradients", type=Path, help="write each step's here")
     options = parser.parse_args()
-    modules = (*model_modules(load_recipe(options.recipe).model.path), "bitsandbytes.optim")
+    modules = libraries(load_recipe(options.recipe).model.path)
     serve(modules, lambda: questions(options.recipe, options.steps, options.gradients))
 
 

@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
+from qlora_kit.base.source import libraries
 from qlora_kit.data.batches import Batches
 from qlora_kit.planning.shapes import model_shapes, read_config
 from qlora_kit.recipe import Recipe, load_recipe
-from tools.harness import Answer, Questions, model_modules, random_examples, serve
+from tools.harness import Answer, Questions, random_examples, serve
 
 MODULES = {
     "peft": ("bitsandbytes.optim", "peft"),
@@ -221,7 +222,7 @@ def main() -> None:
     recipe = load_recipe(options.recipe)
     Path(recipe.output).mkdir(parents=True, exist_ok=True)
     questions = {"peft": peft_questions, "trl": trl_questions}[options.who]
-    modules = (*model_modules(recipe.model.path), *MODULES[options.who])
+    modules = (*libraries(recipe.model.path), *MODULES[options.who])
     serve(modules, lambda: questions(recipe, options.steps))
 
 

@@ -38,6 +38,11 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def device_name(device: torch.device) -> str:
+    """What plans call it: a card as its driver does, other devices by their kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def has_unified_memory(device: torch.device) -> bool:
     """Whether bitsandbytes can page optimizer state between device and host (CUDA's managed memory)."""
     return device.type == "cuda"

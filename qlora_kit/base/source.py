@@ -1,6 +1,6 @@
 """A model's folder: where it is, and what tells its weights from those of another.
 
-Imported by: base.loader, base.quantize_model, training.run, export, the commands.
+Imported by: base.loader, base.quantize_model, training, export, the commands, tools.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from qlora_kit.base.prequantized import FINGERPRINT
 from qlora_kit.base.shards import Shards
 from qlora_kit.errors import ModelError
+from qlora_kit.planning.shapes import read_config
 
 SAMPLE_BYTES = 4096  # of each tensor, twice, in the fingerprint
 
@@ -38,6 +39,18 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
         reason = str(problem).strip().splitlines()[0]
         raise ModelError(f"{path}: no such folder here, and the hub did not give it: {reason}") from problem
     return Path(found)
+
+
+def libraries(model: str, revision: str | None = None) -> tuple[str, ...]:
+    """Modules that a run of the model imports sooner or later; to be imported before its memory is counted."""
+    model_type = read_config(model, revision)[0]["model_type"]
+    name = model_type.removesuffix("_text")
+    return (
+        "transformers.models.auto.modeling_auto",
+        f"transformers.models.{name}.modeling_{name}",
+        "transformers.models.auto.tokenization_auto",
+        "bitsandbytes.optim",
+    )
 
 
 def fingerprint(shards: Shards) -> str:

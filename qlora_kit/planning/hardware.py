@@ -9,16 +9,21 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_kit.errors import RecipeError, nearest
+from qlora_kit.planning.calibration import calibrated
 from qlora_kit.planning.gpus import CARDS
 
 GIB = 2**30
 # CUDA context, cuBLAS workspace and the allocator's rounding: an estimate for one process, 64-bit Linux. The context
 # alone is 250 to 500 MiB, by card and driver; what `nvidia-smi` shows above torch's own figure before any model.
 CUDA_RUNTIME_BYTES = 512 * 2**20
+# Pages of the kernels' code and what oneDNN compiles, above libraries that were only imported: 43 to 50 MiB in
+# `tools.prove_rss` where the heap has no holes.
+CPU_RUNTIME_BYTES = 45 * 2**20
+RUNTIME_BYTES = {"cuda": CUDA_RUNTIME_BYTES, "xpu": CUDA_RUNTIME_BYTES, "cpu": CPU_RUNTIME_BYTES}
 UNIFIED_MEMORY_SHARE = 0.75  # of the RAM of an Apple machine, what Metal lets the GPU take
 
 
@@ -31,12 +36,14 @@ class Device:
         name: what to call it.
         memory_bytes: what a run may take of it.
         beyond_bytes: what it has besides, where a budget leaves some of an accelerator.
+        measured_bytes: what its run-time system took in an earlier run here (`planning.calibration`).
     """
 
     kind: str
     name: str
     memory_bytes: int
     beyond_bytes: int = 0
+    measured_bytes: int | None = None
 
     @property
     def installed_bytes(self) -> int:
@@ -45,8 +52,19 @@ class Device:
 
     @property
     def runtime_bytes(self) -> int:
-        """What the run-time system takes before any tensor: nothing on the host, a constant on a card (estimated)."""
-        return CUDA_RUNTIME_BYTES if self.kind in ("cuda", "xpu") else 0
+        """What the run-time system takes beside any tensor: as measured here, else a constant of the kind of device."""
+        return RUNTIME_BYTES.get(self.kind, 0) if self.measured_bytes is None else self.measured_bytes
+
+
+def fixed_runtime_bytes(kind: str, name: str) -> int:
+    """`Device.runtime_bytes` of a device of this machine."""
+    return _with_measured(Device(kind, name, 0)).runtime_bytes
+
+
+def _with_measured(device: Device) -> Device:
+    """The device with what an earlier run found."""
+    found = calibrated(device.name).get("runtime_bytes")
+    return device if found is None else replace(device, measured_bytes=int(found))
 
 
 def find_gpu(name: str) -> Device:
@@ -114,11 +132,12 @@ def device_for(wanted: str, gpu: str | None = None, budget_bytes: int | None = N
     """
     if gpu is not None and wanted not in ("auto", "cuda"):
         raise RecipeError(f"--gpu {gpu}: the recipe runs on train.device={wanted}; add --set train.device=cuda")
-    device = find_gpu(gpu) if gpu is not None else _present_device(wanted, budget_bytes)
+    device = find_gpu(gpu) if gpu is not None else _with_measured(_present_device(wanted, budget_bytes))
     if budget_bytes is None:
         return device
     allowed = min(device.memory_bytes, budget_bytes)
-    return Device(device.kind, device.name, allowed, 0 if device.kind == "cpu" else device.memory_bytes - allowed)
+    beyond = 0 if device.kind == "cpu" else device.memory_bytes - allowed
+    return replace(device, memory_bytes=allowed, beyond_bytes=beyond)
 
 
 def _present_device(wanted: str, budget_bytes: int | None) -> Device:

@@ -21,6 +21,7 @@ from qlora_kit.planning.quantities import (
     resident_blocks,
     value_bytes,
 )
+from qlora_kit.planning.runtime import runtime_bytes
 from qlora_kit.planning.shapes import ModelShapes
 from qlora_kit.recipe import Recipe
 
@@ -43,7 +44,7 @@ def peak_bytes(shapes: ModelShapes, recipe: Recipe, device: Device) -> int:
 
 def peak_moment(shapes: ModelShapes, recipe: Recipe, device: Device) -> tuple[str, Ledger]:
     """The highest moment of a training step, and what is on the device then."""
-    moments = training_moments(shapes, recipe, device.runtime_bytes)
+    moments = training_moments(shapes, recipe, runtime_bytes(shapes, recipe, device))
     name = max(moments, key=lambda moment: total(moments[moment]))
     return name, moments[name]
 
@@ -61,8 +62,9 @@ def phases(shapes: ModelShapes, recipe: Recipe, device: Device) -> dict[str, Pha
     merge: a command of its own, on the host, tensor by tensor: the largest linear as stored, in fp32, its update in
         fp32, and rounded, or the largest other tensor as stored and rounded; writes the whole model in 16 bits.
     """
-    static = static_ledger(shapes, recipe, device.runtime_bytes)
-    evaluation = evaluation_moments(shapes, recipe, device.runtime_bytes)
+    runtime = runtime_bytes(shapes, recipe, device)
+    static = static_ledger(shapes, recipe, runtime)
+    evaluation = evaluation_moments(shapes, recipe, runtime)
     largest, largest_linear = components.largest_tensor(shapes), components.largest_linear(shapes)
     away, offloaded = away_bytes(shapes, recipe, device), activations.offloaded_inputs(shapes, recipe, "disk")
     state = static["adapter"] + static["optimizer"]

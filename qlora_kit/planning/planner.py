@@ -22,6 +22,7 @@ from qlora_kit.planning.moments import training_moments
 from qlora_kit.planning.phases import Phase, peak_bytes, peak_moment, phases
 from qlora_kit.planning.quantities import host_blocks, resident_blocks, tokens
 from qlora_kit.planning.room import Room, least_bytes, room
+from qlora_kit.planning.runtime import runtime_bytes
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
 from qlora_kit.planning.suggest import Change, Cost, changed, changes_of_a_run, single_changes, suggestions
 from qlora_kit.planning.timing import Estimate, estimate
@@ -204,7 +205,7 @@ def _plan(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
         device=device,
         components=ledger,
         peak_moment=moment,
-        moments=training_moments(shapes, recipe, device.runtime_bytes),
+        moments=training_moments(shapes, recipe, runtime_bytes(shapes, recipe, device)),
         phases=phases(shapes, recipe, device),
         trainable_parameters=components.trainable_parameters(shapes, recipe),
         base_parameters=shapes.total_parameters,

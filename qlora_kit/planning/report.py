@@ -27,7 +27,7 @@ MEANINGS = {
     "activations": "kept for backward",
     "logits": "one tile of the loss",
     "workspace": "weights in passing",
-    "runtime": "CUDA context (est.)",
+    "runtime": "context (est.)",
 }
 MOMENTS = {
     "loss": "the loss",
@@ -40,6 +40,13 @@ MOMENTS = {
     "head": "a product with the 4-bit head",
     "optimizer step": "the optimizer's step",
 }
+
+
+def meaning(plan: Plan, name: str) -> str:
+    """What a component is, in three words."""
+    if name != "runtime" or plan.device.measured_bytes is None:
+        return "kernels' code, heap (est.)" if name == "runtime" and plan.device.kind == "cpu" else MEANINGS[name]
+    return "as measured here" if plan.device.kind != "cpu" else "kernels' code, measured; heap"
 
 
 def bar(part: int, whole: int, cells: int = BAR_CELLS) -> str:
@@ -142,7 +149,7 @@ def _component_table(plan: Plan) -> Table:
     table.add_column("what", style="dim", no_wrap=True)
     for name, count in plan.components.items():
         if count:
-            table.add_row(name, format_bytes(count), bar(count, whole), MEANINGS[name])
+            table.add_row(name, format_bytes(count), bar(count, whole), meaning(plan, name))
     colour = "green" if total <= plan.budget_bytes else "red"
     table.add_row("total", format_bytes(total), f"[{colour}]{bar(total, whole)}[/]", "", style="bold")
     table.add_row("limit", format_bytes(plan.budget_bytes), bar(plan.budget_bytes, whole), "memory of the device")

@@ -5,21 +5,19 @@ planning/operations takes the longer of its arithmetic and its memory traffic; a
 lies between the products, both bound by memory. Copies of streamed blocks, of the head and of block inputs run beside
 the compute, so a step takes the longer of both. Loading, evaluation, saving and the optimizer are not in it.
 The constants below are assumptions, not measurements: no GPU was at hand. A card's rates come from planning/gpus; a
-file of rates that somebody measured on this machine (`calibration_file`) goes before them, and without one there is no
-estimate for a CPU.
+file of rates that somebody measured on this machine (`planning.calibration`) goes before them. A device without rates,
+such as a CPU, has an estimate after its first run: by the operations a second that the run's whole steps came to.
 Imports no torch. Imported by planning/planner.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from qlora_kit.planning import activations, block, components
+from qlora_kit.planning.calibration import calibrated
 from qlora_kit.planning.gpus import CARDS, Card
 from qlora_kit.planning.hardware import Device
 from qlora_kit.planning.operations import Products, count_products, dequantizations
@@ -87,12 +85,6 @@ class Estimate:
 # ------------------------------------------------------------------------------------------------------- rates
 
 
-def calibration_file() -> Path:
-    """Where rates measured on this machine are kept: {device name: {field of Rates: number}}."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "qlora_kit" / "calibration.json"
-
-
 def rates_of(device: Device, recipe: Recipe) -> Rates | None:
     """What a device reaches with the recipe's dtype; None: nobody knows."""
     measured = _measured(device.name)
@@ -114,13 +106,10 @@ def rates_of(device: Device, recipe: Recipe) -> Rates | None:
 
 
 def _measured(name: str) -> Rates | None:
-    """The rates of a device in the calibration file; None: no file, no such device, or it is not what it should be."""
-    try:
-        found = json.loads(calibration_file().read_text(encoding="utf-8"))[name]
-        rates = {field.name: float(found[field.name]) for field in fields(Rates)}
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return Rates(**rates) if all(0 < rate < float("inf") for rate in rates.values()) else None
+    """The rates of a device in the calibration file; None: no file, no such device, or one is lacking."""
+    found = calibrated(name)
+    names = [field.name for field in fields(Rates)]
+    return Rates(**{key: found[key] for key in names}) if found.keys() >= set(names) else None
 
 
 def card_of(device: Device) -> Card | None:
@@ -150,8 +139,20 @@ def estimate(shapes: ModelShapes, recipe: Recipe, device: Device) -> Estimate | 
     """The time of a recipe without an `auto`, its rows full; None where the device's rates are not known."""
     rates = rates_of(device, recipe)
     if rates is None:
-        return None
+        overall_s = calibrated(device.name).get("operations_s")
+        return (
+            None
+            if overall_s is None
+            else Estimate(step_operations(shapes, recipe) / overall_s, 0.0, recipe.train.steps)
+        )
     return Estimate(_compute(shapes, recipe, rates), _transfer(shapes, recipe, rates), recipe.train.steps)
+
+
+def step_operations(shapes: ModelShapes, recipe: Recipe) -> float:
+    """Operations of all products of an optimizer step, its rows full."""
+    parts = count_products(shapes, recipe).values()
+    micro_batch = sum(count * product.operations for part in parts for product, count in part.items())
+    return recipe.train.grad_accumulation * micro_batch
 
 
 def _compute(shapes: ModelShapes, recipe: Recipe, rates: Rates) -> float:

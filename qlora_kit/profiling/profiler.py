@@ -4,7 +4,7 @@ Why: a plan is a promise; this is the check, on the user's own machine, model an
 run is prepared as `train` prepares it and every step is given the longest rows. One step makes the optimizer's state
 and warms up, `steps` are timed, and one more, not timed, is followed by `tracker`. Nothing of it is saved.
 On an accelerator the total is the allocator's, and what the tracker cannot name is OTHER; on the CPU the tensors' own.
-Imported by: the `profile` command.
+Imported by: the commands `profile`, and `train` for its first step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qlora_kit.base.device import peak_bytes, pick_device, reset_peak, resident_bytes, runtime_bytes
+from qlora_kit.base.device import peak_bytes, pick_device, reset_peak, runtime_bytes
 from qlora_kit.data.batches import Batches, MicroBatch
 from qlora_kit.planning.comparison import OTHER, comparison
 from qlora_kit.planning.components import COMPONENTS, Ledger
@@ -24,9 +24,10 @@ from qlora_kit.planning.planner import Plan
 from qlora_kit.planning.report import MOMENTS
 from qlora_kit.profiling.tracker import Series, Tracker
 from qlora_kit.recipe import Recipe
+from qlora_kit.training.calibrate import calibrate
 from qlora_kit.training.loop import train_step
-from qlora_kit.training.memory import explained, static_tensors
-from qlora_kit.training.run import Run, choose_heap, prepare
+from qlora_kit.training.memory import explained, interpreter_bytes, static_tensors
+from qlora_kit.training.run import Peak, Run, choose_heap, prepare
 from qlora_kit.training.signals import StopRequest
 from qlora_kit.units import format_bytes, format_seconds
 
@@ -133,8 +134,8 @@ def profile(recipe: Recipe, plan: Plan, steps: int) -> Profile:
 
     Raises: every error that `train` raises before its first step; BudgetError: memory ran out.
     """
-    device, before_bytes = pick_device(recipe.train.device), resident_bytes()
-    choose_heap(device, plan.peak_bytes, plan.budget_bytes)
+    device, before_bytes = pick_device(recipe.train.device), interpreter_bytes(recipe)
+    choose_heap(device, plan.components, plan.budget_bytes)
     run = prepare(recipe, StopRequest())
     with contextlib.suppress(OSError):
         run.output.rmdir()  # if it is empty: no run was here
@@ -145,6 +146,8 @@ def profile(recipe: Recipe, plan: Plan, steps: int) -> Profile:
         lines = [train_step(run) for _ in range(steps)]
         process_bytes = peak_bytes(device) - before_bytes if device.type == "cpu" else None
         tracker = follow_step(run)
+    beside_bytes = runtime_bytes(device) if process_bytes is None else process_bytes - tracker.peak_bytes
+    calibrate(run, plan.components, beside_bytes, lines)
     return Profile(
         device=device.type,
         planned=plan.components,
@@ -168,6 +171,14 @@ def follow_step(run: Run) -> Tracker:
     with Tracker(run.base.device, static_tensors(run)) as tracker:
         train_step(run)
     return tracker
+
+
+def followed_step(run: Run) -> dict[str, Any]:
+    """`train_step` under a tracker, which leaves in `run.peak` what it saw; no bit of the step is another."""
+    with Tracker(run.base.device, static_tensors(run)) as tracker:
+        line = train_step(run)
+    run.peak = Peak(line["step"], str(tracker.peak_place), tracker.peak)
+    return line
 
 
 def _measured(tracker: Tracker, device: torch.device) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The memory of one step over time: a page (report.html) that opens anywhere, and a picture (timeline.png).
 
-How: the page is one file, with its styles and an SVG of stacked areas in it, light or dark as the reader's system is;
-the picture is matplotlib's, imported only to draw it (the extra `plots`). Both draw the same layers: of a step's many
+How: the page (`pages`) holds an SVG of stacked areas; the picture is matplotlib's, imported only to draw it (the extra
+`plots`). Both draw the same layers: of a step's many
 changes the highest of each of POINTS spans, so that no peak is lost.
 Imports no torch with the module. Imported by: commands (`profile`).
 """
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from qlora_kit import pages
 from qlora_kit.errors import RecipeError
+from qlora_kit.pages import COLOURS, compared, paragraphs, section
 from qlora_kit.planning.comparison import OTHER
 from qlora_kit.planning.components import COMPONENTS
 from qlora_kit.units import format_bytes
@@ -25,41 +27,9 @@ if TYPE_CHECKING:
     from qlora_kit.profiling.tracker import Series
 
 NAMES = (*COMPONENTS, OTHER)
-# From the bottom: what stays, then what comes and goes. Colours that stand out on white and on black.
-COLOURS = {
-    "runtime": "#8c8c8c",
-    "base_nf4": "#4e79a7",
-    "quant_constants": "#86b4d9",
-    "base_unquantized": "#4fa3a0",
-    "adapter": "#4d9a45",
-    "optimizer": "#c9a227",
-    "workspace": "#a977a0",
-    "gradients": "#86c26f",
-    "activations": "#e15759",
-    "logits": "#f28e2b",
-    OTHER: "#5f6b7a",
-}
 POINTS = 1500
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, STRIP = 1000, 380, 78, 8, 18, 34
 LABEL_WIDTH = 7  # of a letter, about
-STYLE = """
-:root { color-scheme: light dark; --ground: #ffffff; --ink: #1f2328; --faint: #6a737d; --line: #d8dee4; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #14171c; --ink: #e4e8ee; --faint: #9aa4b1; --line: #333a44; }
-}
-body { background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
-  max-width: 1040px; padding: 0 1rem; }
-h1 { font-size: 1.35rem; margin: 0 0 .3rem; }
-p { margin: .2rem 0; }
-svg { width: 100%; height: auto; margin: 1rem 0; }
-svg text { fill: var(--faint); font: 12px system-ui, sans-serif; }
-svg .grid { stroke: var(--line); } svg .peak { stroke: var(--ink); stroke-dasharray: 3 3; }
-svg .part { fill: var(--line); } svg .block { stroke: var(--faint); stroke-width: .5; }
-svg text.strong { fill: var(--ink); }
-table { border-collapse: collapse; } td, th { padding: .15rem .9rem .15rem 0; text-align: right; font-weight: normal; }
-td:first-child, th:first-child { text-align: left; } th { color: var(--faint); } tr.total td { font-weight: 600; }
-i { border-radius: 3px; display: inline-block; height: .8em; margin-right: .5em; width: .8em; }
-"""
 
 
 @dataclass(frozen=True)
@@ -116,25 +86,12 @@ def _parts(series: Series, x: Sequence[float]) -> Iterator[tuple[float, float, s
 
 def page(title: str, profile: Profile, drawn: str) -> str:
     """The report: what was run, the drawing of `svg`, and planned beside measured."""
-    said = "".join(f"<p>{html.escape(fact)}</p>\n" for fact in profile.facts())
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{html.escape(title)}</h1>\n{said}{drawn}\n{_table(profile.planned, profile.measured)}\n</body>\n</html>\n"
-    )
-
-
-def _table(planned: Mapping[str, int], measured: Mapping[str, int]) -> str:
-    rows = ["<tr><th>at the peak</th><th>planned</th><th>measured</th></tr>"]
-    for name in reversed(COLOURS):
-        here = (planned.get(name, 0), measured.get(name, 0))
-        if any(here):
-            cells = "".join(f"<td>{format_bytes(count)}</td>" for count in here)
-            rows.append(f'<tr><td><i style="background:{COLOURS[name]}"></i>{name}</td>{cells}</tr>')
-    totals = "".join(f"<td>{format_bytes(sum(ledger.values()))}</td>" for ledger in (planned, measured))
-    rows.append(f'<tr class="total"><td>total</td>{totals}</tr>')
-    return "<table>\n" + "\n".join(rows) + "\n</table>"
+    sections = [
+        section("What was run", paragraphs(profile.facts())),
+        section("Over the step", drawn),
+        section("At the peak", compared(profile.planned, profile.measured)),
+    ]
+    return pages.page(title, "", sections)
 
 
 def svg(drawn: Layers, over: str = "seconds") -> str:

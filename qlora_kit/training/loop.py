@@ -9,6 +9,7 @@ Imported by: the `train` command, the quickstart, tests.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,20 @@ from qlora_kit.console import note, warn
 from qlora_kit.data.batches import MicroBatch, split
 from qlora_kit.errors import NonFiniteError, RecipeError, Stopped
 from qlora_kit.recipe import Recipe
+from qlora_kit.training.calibrate import calibrate_by_run
 from qlora_kit.training.checkpoint import load_checkpoint, rotate, save_checkpoint
 from qlora_kit.training.evaluate import Evaluation, evaluate
 from qlora_kit.training.loss import batch_losses
-from qlora_kit.training.memory import explained, write_memory
+from qlora_kit.training.memory import explained, interpreter_bytes, write_memory
 from qlora_kit.training.metrics import Metrics, open_metrics
+from qlora_kit.training.report import write_report
 from qlora_kit.training.run import Run, choose_heap, make_gradients, prepare
 from qlora_kit.training.schedule import learning_rate
 from qlora_kit.training.signals import stop_on_signal
 from qlora_kit.training.smaller import repeat_smaller
 
 NON_FINITE_LIMIT = 5  # steps in a row that may be skipped
+Step = Callable[[Run], dict[str, Any]]  # one optimizer step of a run -> its line of metrics
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,21 @@ class Result:
     seconds: float
 
 
-def train(recipe: Recipe, *, resume: bool = False, restart: bool = False, plan: dict[str, Any] | None = None) -> Result:
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    plan: dict[str, Any] | None = None,
+    first_step: Step | None = None,
+) -> Result:
     """Train the adapter of a recipe and save it under `output`.
 
     Args:
         resume: continue from the newest checkpoint below `output`.
         restart: throw away the run that `output` holds.
         plan: what `plan --json` says of this recipe; kept in the run's folder beside what is measured.
+        first_step: makes the first step in `train_step`'s place, to measure it (`profiling.profiler.followed_step`).
     Raises: every error of `qlora_kit.errors` that the user's files can cause; Stopped: a signal came, state is saved.
     """
     output = Path(recipe.output)
@@ -71,11 +83,11 @@ def train(recipe: Recipe, *, resume: bool = False, restart: bool = False, plan: 
         _require_unclaimed(output, resume or restart)
         for folder in (output, output / "adapter", output / "best"):
             files.sweep(folder)
-        before_bytes = resident_bytes()
+        before_bytes = interpreter_bytes(recipe)
         if plan is None:
             return_freed_memory()
         else:
-            choose_heap(pick_device(recipe.train.device), plan["peak_bytes"], plan["budget_bytes"])
+            choose_heap(pick_device(recipe.train.device), plan["components"], plan["budget_bytes"])
         run = prepare(recipe, stop)
         if resume:
             run.progress = load_checkpoint(output / "checkpoints", run.parameters, run.optimizer, run.identity)
@@ -87,14 +99,17 @@ def train(recipe: Recipe, *, resume: bool = False, restart: bool = False, plan: 
         with explained(run):
             if run.progress.step == 0:
                 rehearse(run)
-            result = _steps(run)
+            result = _steps(run, first_step or train_step)
         write_memory(output / "memory.json", plan, run, before_bytes)
+        write_report(output)
+        if plan is not None:
+            calibrate_by_run(run, plan["components"])
         return result
 
 
 def _present(output: Path) -> list[Path]:
     """What a run has left in its folder."""
-    names = ("checkpoints", "adapter", "best", "metrics.jsonl", "memory.json")
+    names = ("checkpoints", "adapter", "best", "metrics.jsonl", "memory.json", "report.html")
     return [output / name for name in names if (output / name).exists()]
 
 
@@ -112,8 +127,8 @@ def _remove_run(output: Path) -> None:
         files.remove_folder(path) if path.is_dir() else path.unlink()
 
 
-def _steps(run: Run) -> Result:
-    """From `run.progress` to the last step."""
+def _steps(run: Run, make_step: Step) -> Result:
+    """From `run.progress` to the last step; `make_step` makes the first of them."""
     reset_peak(run.base.device)
     started, first, last, loss = time.monotonic(), None, None, None
     settings = run.recipe.train
@@ -130,7 +145,7 @@ def _steps(run: Run) -> Result:
             first = last = _evaluate(run, metrics)
         skipped_in_a_row = 0
         while run.progress.step < run.total_steps:
-            line = train_step(run)
+            line, make_step = make_step(run), train_step
             skipped_in_a_row = skipped_in_a_row + 1 if line.get("skipped") else 0
             if skipped_in_a_row == NON_FINITE_LIMIT:
                 raise NonFiniteError(

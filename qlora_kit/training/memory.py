@@ -1,14 +1,16 @@
 """What a run holds, by component, and predicted against measured: a run's `memory.json` and the end of `train`.
 
 How: the static components are the tensors that the run holds between two steps, told apart here and nowhere else; what
-moves within a step only `qlora-kit profile` can tell apart. The peak as a whole is the allocator's, or on a CPU the
-process' peak resident memory less what the interpreter and its libraries held before the base was loaded.
+moves within a step only a tracker can tell apart (`Run.peak`, of a step that was followed). The peak as a whole is the
+allocator's, or on a CPU the process' peak resident memory less what the interpreter and its libraries held before the
+base was loaded.
 Imported by: training.loop, training.summary, profiling, tools.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,19 +19,28 @@ from typing import Any
 from torch import Tensor
 
 from qlora_kit import files
-from qlora_kit.base.device import attainable_bytes, is_out_of_memory, peak_bytes, runtime_bytes
+from qlora_kit.base.device import attainable_bytes, is_out_of_memory, peak_bytes, resident_bytes, runtime_bytes
 from qlora_kit.base.linear import FrozenLinear
 from qlora_kit.base.loader import Base
+from qlora_kit.base.source import libraries
 from qlora_kit.errors import BudgetError
-from qlora_kit.planning.comparison import comparison
+from qlora_kit.planning.comparison import OTHER, comparison
 from qlora_kit.planning.planner import changes_that_fit, make_plan
 from qlora_kit.planning.suggest import changed, in_rows
+from qlora_kit.recipe import Recipe
 from qlora_kit.training.optim import optimizer_state
 from qlora_kit.training.run import Run
 from qlora_kit.units import format_bytes
 
 STATIC = ("base_nf4", "quant_constants", "base_unquantized", "adapter", "optimizer", "workspace")
 SHORT_OF = 0.95  # of a planned peak that was too much
+
+
+def interpreter_bytes(recipe: Recipe) -> int:
+    """What the process holds with every library that the run will use, before it has read anything of its own."""
+    for module in libraries(recipe.model.path, recipe.model.revision):
+        importlib.import_module(module)
+    return resident_bytes()
 
 
 def static_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
@@ -69,23 +80,43 @@ def static_bytes(run: Run) -> dict[str, int]:
 
 
 def write_memory(path: Path, plan: dict[str, Any] | None, run: Run, before_bytes: int) -> None:
-    """Write `{"planned": {...}, "measured": {...}}`; bytes throughout.
+    """Write `{"planned": {...}, "measured": {...}, "ratio": {...}}`; bytes throughout, ratios are measured / planned.
 
     Args:
         plan: what `plan --json` says of the run.
         before_bytes: what the process held before the base was loaded.
     """
-    device, components = run.base.device, static_bytes(run)
-    peak = peak_bytes(device)
-    measured: dict[str, Any] = {"peak_bytes": peak, "device": device.type}
-    if device.type == "cpu":
-        measured |= {"interpreter_bytes": before_bytes, "peak_bytes": peak - before_bytes}
-    else:
-        components["runtime"] = runtime_bytes(device)
-        measured["peak_bytes"] += components["runtime"]
-    measured["components"] = components
+    measured = _measured(run, before_bytes)
     planned = {key: plan[key] for key in ("components", "peak_bytes")} if plan else None
-    files.write_json(path, {"planned": planned, "measured": measured})
+    content: dict[str, Any] = {"planned": planned, "measured": measured}
+    if planned is not None:
+        counted = measured["components"] | {"peak": measured["peak_bytes"]}
+        expected = planned["components"] | {"peak": planned["peak_bytes"]}
+        content["ratio"] = {name: counted[name] / expected[name] for name in counted if expected[name]}
+    files.write_json(path, content)
+
+
+def _measured(run: Run, before_bytes: int) -> dict[str, Any]:
+    """Bytes at the peak: of all components if a step was followed, else of those that stay.
+
+    `runtime` is what is there beside tensors: on an accelerator the context and the allocator's slack, on a CPU what
+    the process holds more, from the kernels' own code to holes in the heap.
+    """
+    device, peak = run.base.device, peak_bytes(run.base.device)
+    measured: dict[str, Any] = {"device": device.type}
+    if device.type == "cpu":
+        peak -= before_bytes
+        measured["interpreter_bytes"] = before_bytes
+    components = static_bytes(run) if run.peak is None else dict(run.peak.components)
+    if run.peak is not None:
+        beyond = peak - sum(components.values())
+        components["runtime" if device.type == "cpu" else OTHER] += beyond
+        measured |= {"followed_step": run.peak.step, "peak_at": run.peak.place, "other_bytes": components.pop(OTHER)}
+    if device.type != "cpu":
+        runtime = runtime_bytes(device)
+        components["runtime"] = components.get("runtime", 0) + runtime
+        peak += runtime
+    return measured | {"peak_bytes": peak, "components": components}
 
 
 @contextlib.contextmanager
@@ -137,4 +168,5 @@ def memory_lines(path: Path) -> list[str]:
         return [f"peak memory {format_bytes(measured)}"]
     planned = memory["planned"]["peak_bytes"]
     peak = f"peak memory {format_bytes(measured)} measured, {format_bytes(planned)} planned"
-    return [peak, *comparison(memory["planned"]["components"], memory["measured"]["components"])]
+    other = {OTHER: memory["measured"].get("other_bytes", 0)}
+    return [peak, *comparison(memory["planned"]["components"], memory["measured"]["components"] | other)]

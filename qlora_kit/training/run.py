@@ -28,7 +28,8 @@ from qlora_kit.console import note, warn
 from qlora_kit.data.batches import Batches, MicroBatch, eval_batches
 from qlora_kit.data.tokenize import Example, load_examples, load_tokenizer, split_examples
 from qlora_kit.errors import ModelError
-from qlora_kit.planning.components import loss_chunk_tokens
+from qlora_kit.planning.components import Ledger, loss_chunk_tokens
+from qlora_kit.planning.runtime import ROOMY_SHARE, keeps_freed_memory
 from qlora_kit.recipe import Recipe
 from qlora_kit.training.blocks import attach
 from qlora_kit.training.checkpoint import Progress
@@ -36,7 +37,6 @@ from qlora_kit.training.offload import input_store
 from qlora_kit.training.optim import build_optimizer
 from qlora_kit.training.signals import StopRequest
 
-ROOMY_SHARE = 0.7  # of the budget; a plan below it leaves room for a faster, less frugal heap
 # Keys that change where a run lives or how often it speaks, but not one bit of its result; and `on_oom`, so that a run
 # which ran out of memory can go on with `split`: what that does is in the checkpoint (`Progress.rows`).
 FREE_KEYS = frozenset(
@@ -47,9 +47,24 @@ FREE_KEYS = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class Peak:
+    """What was in use at the highest point of a step that was followed byte by byte.
+
+    Attributes:
+        step: its number, from 1.
+        place: the part of the step in which that was.
+        components: bytes by the ledger's names and OTHER.
+    """
+
+    step: int
+    place: str
+    components: dict[str, int]
+
+
 @dataclass
 class Run:
-    """Everything that a step needs."""
+    """Everything that a step needs; `peak` is of a step that was followed, if one was."""
 
     recipe: Recipe
     base: Base
@@ -61,6 +76,7 @@ class Run:
     identity: dict[str, str]
     progress: Progress
     stop: StopRequest
+    peak: Peak | None = None
 
     @property
     def output(self) -> Path:
@@ -89,12 +105,12 @@ def make_gradients(run: Run) -> None:
     hand_over("gradients", (parameter.grad for parameter in run.parameters.values()))
 
 
-def choose_heap(device: torch.device, peak_bytes: int, budget_bytes: int) -> None:
-    """Where a plan of `peak_bytes` is tight, have freed memory given back at once; on a CPU with room, never."""
-    if peak_bytes > ROOMY_SHARE * budget_bytes:
-        return_freed_memory()
-    elif device.type == "cpu":
+def choose_heap(device: torch.device, planned: Ledger, budget_bytes: int) -> None:
+    """Where a plan is tight, have freed memory given back at once; on a CPU whose plan counts on it, never."""
+    if device.type == "cpu" and keeps_freed_memory(planned):
         keep_freed_memory()
+    elif device.type == "cpu" or sum(planned.values()) > ROOMY_SHARE * budget_bytes:
+        return_freed_memory()
 
 
 def prepare(recipe: Recipe, stop: StopRequest) -> Run:

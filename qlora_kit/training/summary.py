@@ -7,6 +7,7 @@ from pathlib import Path
 from qlora_kit.recipe import Recipe
 from qlora_kit.training.loop import Result
 from qlora_kit.training.memory import memory_lines
+from qlora_kit.training.report import merge_command
 from qlora_kit.units import format_seconds
 
 
@@ -20,4 +21,5 @@ def print_summary(recipe: Recipe, result: Result) -> None:
         print(f"held-out loss {before}{last.loss:.4f} ({last.tokens:,} tokens), best at step {result.best_step}")
     print("\n".join(memory_lines(output / "memory.json")))
     print(f"adapter in {output / 'adapter'}")
-    print(f"next: qlora-kit merge --model {recipe.model.path} --adapter {output / 'adapter'} --out {output / 'merged'}")
+    print(f"curves and memory in {output / 'report.html'}")
+    print(f"next: {merge_command(recipe)}")

@@ -68,9 +68,10 @@ def test_a_card_for_a_run_on_the_cpu_is_refused() -> None:
         device_for("cpu", gpu="t4")
 
 
-def test_only_a_card_has_a_runtime_component() -> None:
-    assert Device("cuda", "x", 1).runtime_bytes == hardware.CUDA_RUNTIME_BYTES > 0
-    assert Device("cpu", "x", 1).runtime_bytes == Device("mps", "x", 1).runtime_bytes == 0
+def test_the_runtime_is_a_constant_of_the_kind_of_device_or_what_was_measured() -> None:
+    found = [Device(kind, "x", 1).runtime_bytes for kind in ("cuda", "cpu", "mps")]
+    assert found == [hardware.CUDA_RUNTIME_BYTES, hardware.CPU_RUNTIME_BYTES, 0]
+    assert Device("cuda", "x", 1, measured_bytes=7).runtime_bytes == 7
 
 
 def test_host_memory_is_positive_and_respects_a_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from qlora_kit.planning.html_report import COLOURS, STYLE, html_report
+from qlora_kit.planning.html_report import html_report
 from qlora_kit.planning.planner import Plan, make_plan
-from qlora_kit.planning.report import MEANINGS, MOMENTS, run_lines, stack_line, verdict
+from qlora_kit.planning.report import MOMENTS, run_lines, stack_line, verdict
 from qlora_kit.planning.stack_plan import plan_in_stack
 from qlora_kit.recipe import recipe_for_model
 from qlora_kit.units import format_bytes
@@ -93,8 +93,3 @@ def test_bars_are_shares_of_the_larger_of_total_and_limit() -> None:
     assert 'class="limit" style="left:100.000%"' in html
     over = replace(made, device=replace(made.device, memory_bytes=total // 2))
     assert 'class="limit" style="left:50.000%"' in html_report(over, "")
-
-
-def test_every_component_has_a_colour_of_its_own_and_both_schemes_are_styled() -> None:
-    assert len(set(COLOURS)) == len(MEANINGS)
-    assert "color-scheme: light dark" in STYLE and "prefers-color-scheme: dark" in STYLE

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_kit.planning import timing
+from qlora_kit.planning.calibration import calibration_file
 from qlora_kit.planning.decide import decided
 from qlora_kit.planning.gpus import CARDS
 from qlora_kit.planning.hardware import GIB, Device, find_gpu
@@ -21,6 +22,7 @@ from qlora_kit.recipe import recipe_for_model
 @pytest.fixture(autouse=True)
 def nothing_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("QLORA_KIT_NO_CALIBRATION")
 
 
 def time(model: str, *overrides: str, device: Device | None = None) -> Estimate:
@@ -135,7 +137,7 @@ RATES |= {"dequantized_weights_s": 1e9, "host_bytes_s": 1e10, "disk_bytes_s": 1e
     ],
 )
 def test_measured_rates_go_before_all_others(content: Any, known: bool) -> None:
-    timing.calibration_file().parent.mkdir()
-    timing.calibration_file().write_text(json.dumps(content))
+    calibration_file().parent.mkdir()
+    calibration_file().write_text(json.dumps(content))
     made = make_plan(recipe_for_model("smollm2-135m", ["train.device=cpu"]), budget_bytes=GIB)
     assert (made.estimated is not None) == known

@@ -24,6 +24,8 @@ from qlora_kit.adapters.store import save_adapter
 from qlora_kit.base.quantize_model import is_quantized
 from qlora_kit.data.tokenize import IGNORE_INDEX
 from qlora_kit.errors import CheckpointError, DataError, ModelError, NonFiniteError, RecipeError
+from qlora_kit.planning.decide import RESIDENT_SHARE
+from qlora_kit.planning.hardware import CPU_RUNTIME_BYTES
 from qlora_kit.planning.planner import make_plan
 from qlora_kit.recipe import Recipe
 from qlora_kit.training import loop
@@ -295,13 +297,16 @@ def test_whatever_a_plan_decides_for_a_budget_does_not_change_one_bit(model, cor
     keys = {"model": {"quantization": "nf4"}, "adapter": {"dropout": 0.1}, "memory": {"gradient_checkpointing": "auto"}}
     train(recipe(model, corpus, tmp_path / "plain", **(keys | {"memory": {}})))
     decided = set()
-    wide = make_plan(recipe(model, corpus, tmp_path, **keys), budget_bytes=1 << 30).peak_bytes
-    for share in (1.1, 0.99, 0.9, 0.7, 0.5, 0.4):
-        asked = recipe(model, corpus, tmp_path / str(share), **keys)
-        runs = make_plan(asked, budget_bytes=int(share * wide)).placed(asked)
+    plan = make_plan(recipe(model, corpus, tmp_path, **keys), budget_bytes=1 << 30)
+    tensors = plan.peak_bytes - plan.components["runtime"]
+    full = CPU_RUNTIME_BYTES + tensors
+    roomy = [int((full + share * tensors) / RESIDENT_SHARE) for share in (0.1, -0.1, -0.4, -0.5)]
+    for budget in (*roomy, int(full - 0.5 * tensors)):
+        asked = recipe(model, corpus, tmp_path / str(budget), **keys)
+        runs = make_plan(asked, budget_bytes=budget).placed(asked)
         train(runs)
         decided.add(tuple(runs.memory.model_dump().values()))
-        assert_same_adapter(tmp_path / str(share), tmp_path / "plain")
+        assert_same_adapter(tmp_path / str(budget), tmp_path / "plain")
     assert len(decided) >= 4
 
 

@@ -1,0 +1,39 @@
+"""What a run takes beside its tensors: a constant of the device, and on a CPU the holes of the process' heap.
+
+Why: a budget is held by the whole process. On an accelerator that is the context (`Device.runtime_bytes`). On a CPU:
+- code and tables of the kernels, mapped in when first used, and what oneDNN compiles and keeps: a constant, too;
+- where there is room, freed memory is never given back (`training.run.choose_heap`: fresh pages cost a tenth of a
+  step), and glibc's heap has grown holes as large as what passes through it: activations, logits and gradients at their
+  most. What blocks keep for backward counts half: it goes in the order in which it came, so that holes join.
+Where it is tight, freed memory goes back at once and there are none. Both figures are measured, not derived:
+`python -m tools.prove_rss`, table in `docs/memory.md`.
+Imports no torch. Imported by: planning.phases, planning.planner, training.run.
+"""
+
+from __future__ import annotations
+
+from qlora_kit.planning import activations
+from qlora_kit.planning.components import Ledger
+from qlora_kit.planning.hardware import Device, fixed_runtime_bytes
+from qlora_kit.planning.moments import total, training_moments
+from qlora_kit.planning.shapes import ModelShapes
+from qlora_kit.recipe import Recipe
+
+ROOMY_SHARE = 0.7  # of the budget; a plan below it leaves room for a faster, less frugal heap
+PASSING = ("activations", "logits", "gradients")
+
+
+def runtime_bytes(shapes: ModelShapes, recipe: Recipe, device: Device) -> int:
+    """Bytes of the device that are no tensors'."""
+    if device.kind != "cpu":
+        return device.runtime_bytes
+    moments = training_moments(shapes, recipe, device.runtime_bytes)
+    passing = max(sum(ledger[name] for name in PASSING) for ledger in moments.values())
+    slack = passing - activations.kept_activations(shapes, recipe) // 2
+    highest = max(map(total, moments.values()))
+    return device.runtime_bytes + (slack if highest + slack <= ROOMY_SHARE * device.memory_bytes else 0)
+
+
+def keeps_freed_memory(planned: Ledger) -> bool:
+    """Whether a plan for a CPU counts on a heap that keeps what is freed."""
+    return planned["runtime"] > fixed_runtime_bytes("cpu", "cpu")
