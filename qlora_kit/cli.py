@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from qlora_kit import __version__, model_commands
+from qlora_kit import __version__, export_command, model_commands
 from qlora_kit.commands import not_built, plan_recipe, require_fit, write_profile
 from qlora_kit.errors import DiskError, QLoRAKitError, RecipeError, nearest
 from qlora_kit.options import AsJson, Overrides, print_json
@@ -30,6 +30,7 @@ recipes_app = typer.Typer(help="The prepared recipes, each with what it takes; w
 adapter_app = typer.Typer(help="Look at adapters and combine them.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(adapter_app, name="adapter")
+app.add_typer(export_command.export_app, name="export")
 
 STACKS = ("kit", "peft", "peft-liger", "litgpt")
 
@@ -182,6 +183,7 @@ def profile(
 
 app.command(name="eval")(model_commands.evaluate)
 app.command()(model_commands.generate)
+app.command()(model_commands.chat)
 app.command()(model_commands.merge)
 app.command()(model_commands.quantize)
 

@@ -15,6 +15,8 @@ from qlora_kit.errors import BudgetError, RecipeError
 if TYPE_CHECKING:
     from qlora_kit.base.loader import Base
     from qlora_kit.base.streaming import Placement
+    from qlora_kit.export.merge import Merge
+    from qlora_kit.export.output import MergeReport
     from qlora_kit.planning.planner import Plan
     from qlora_kit.planning.shapes import ModelShapes
     from qlora_kit.profiling.profiler import Profile
@@ -52,10 +54,14 @@ def plan_recipe(
 ) -> Plan:
     """The plan of a recipe for `--budget`, `--gpu` and `--stack`; of a model of known shapes, if given.
 
+    Says what would keep the recipe's adapter from being served.
+
     Raises: RecipeError: the budget is no size, or the card unknown.
     """
-    from qlora_kit.planning.planner import make_plan
+    from qlora_kit.console import note
+    from qlora_kit.planning.planner import make_plan, read_shapes
     from qlora_kit.planning.stack_plan import plan_in_stack
+    from qlora_kit.serving import serving_notes
     from qlora_kit.units import parse_bytes
 
     try:
@@ -64,7 +70,10 @@ def plan_recipe(
         raise RecipeError(f"--budget: {error}") from None
     if stack != "kit":
         return plan_in_stack(recipe, stack, budget_bytes=budget_bytes, gpu=gpu, shapes=shapes)
-    return make_plan(recipe, budget_bytes=budget_bytes, gpu=gpu, shapes=shapes)
+    plan = make_plan(recipe, budget_bytes=budget_bytes, gpu=gpu, shapes=shapes)
+    for text in serving_notes(recipe, (shapes or read_shapes(recipe)).model_type):
+        note(text)
+    return plan
 
 
 def require_fit(plan: Plan, recipe_file: Path) -> None:
@@ -172,18 +181,23 @@ def section(kind: Any, **values: Any) -> Any:
         raise RecipeError(f"--{option}: {first['msg'].lower()}, found {first['input']!r}") from None
 
 
-def check_data(folder: Path, data: Path) -> None:
-    """Read held-out data before hours of work that it is to prove. Raises: DataError: a line cannot be used."""
+def held_out_rows(folder: Path, data: Path) -> Any:
+    """Ids and targets of held-out documents. Raises: DataError: a line cannot be used."""
     from qlora_kit.data.tokenize import load_examples, load_tokenizer
+    from qlora_kit.export.verify import rows_of
     from qlora_kit.recipe import Data
 
-    load_examples(data, Data(train=str(data), seq_len=2048), load_tokenizer(folder))
+    return rows_of(load_examples(data, Data(train=str(data), seq_len=2048), load_tokenizer(folder))[0])
 
 
-def prove_merged(folder: Path, adapter: Path, out: Path, data: Path, any_base: bool) -> dict[str, Any]:
-    """Score the adapter on its base, then the merged folder in a fresh process. Raises: ModelError: they differ."""
-    from qlora_kit.data.tokenize import load_tokenizer
-    from qlora_kit.export.verify import prove_merge
+def merge_proved(merge: Merge, out: Path, rows: Any, *, choose: bool, any_base: bool) -> MergeReport:
+    """Merge and prove; see `export.choose.merge_and_prove`. The live logits wait in the system's temporary folder."""
+    import tempfile
 
-    base = load_model(str(folder), [str(adapter)], "auto", any_base)
-    return prove_merge(base, load_tokenizer(folder), out, data).to_json()
+    from qlora_kit.export.choose import merge_and_prove
+
+    def load(quantization: str) -> Base:
+        return load_model(str(merge.base.folder), [str(merge.adapter)], quantization, any_base)
+
+    with tempfile.TemporaryDirectory(prefix="qlora-kit-") as scratch:
+        return merge_and_prove(merge, out, rows, Path(scratch), load=load, choose=choose)

@@ -16,7 +16,8 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,6 +57,26 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
+
+
+@contextlib.contextmanager
+def early_flush(file: IO[bytes], every_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Have the disk write what `file` holds while more is made; yields `flush(bytes written since)`.
+
+    Why: otherwise the system collects gigabytes, and the sync at the end waits for all of them.
+    """
+    waiting_bytes = 0
+    running: Future[None] | None = None
+    with ThreadPoolExecutor(1) as thread:
+
+        def flush(size_bytes: int) -> None:
+            nonlocal waiting_bytes, running
+            waiting_bytes += size_bytes
+            if waiting_bytes >= every_bytes and (running is None or running.done()):
+                file.flush()
+                running, waiting_bytes = thread.submit(os.fdatasync, file.fileno()), 0
+
+        yield flush
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -168,6 +189,22 @@ def remove_folder(folder: Path) -> None:
     except OSError as error:
         raise DiskError(f"{folder}: cannot remove: {error.strerror or error}") from error
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_folder(folder: Path, target: Path, aside: Path) -> None:
+    """Give `folder` the name `target`; what has it goes to `aside` first. A cut leaves the old, none or the new.
+
+    Raises: DiskError: the disk refuses.
+    """
+    try:
+        sync_folder(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+        if target.exists():
+            os.rename(target, aside)
+        os.rename(folder, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise DiskError(f"{target}: cannot write: {error.strerror or error}") from error
 
 
 def require_free_space(folder: Path, needed_bytes: int, purpose: str) -> None:

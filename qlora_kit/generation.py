@@ -1,11 +1,12 @@
 """Text from a base with its active adapters: transformers' own generation over our frozen linears.
 
-Imported by: the `generate` command, the quickstart.
+Imported by: chat, the `generate` command, the quickstart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,44 +50,93 @@ def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
         return tokenizer(text, add_special_tokens=special)["input_ids"]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0: always the most probable token, whatever else is set.
+        top_p: only the most probable tokens that together have this probability; 1: all.
+        top_k: only the k most probable tokens; 0: all.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """In transformers' words; said in full, so that nothing comes from the folder's generation_config.json."""
+        plain = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": 1.0}
+        if self.temperature == 0:
+            return {**plain, "do_sample": False}
+        chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {**plain, "do_sample": True, **chosen}
+
+
 def generate(
     base: Base,
     tokenizer: Any,
     prompts: Sequence[str | list[dict[str, str]]],
+    sampling: Sampling | None = None,
     *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    seed: int = 0,
     batch: int = 8,
 ) -> Iterator[str]:
-    """The answer to each prompt, in order, the most probable one at temperature 0.
+    """The answer to each prompt, in order.
 
     Args:
         prompts: text, or messages with role and content.
+        sampling: default: the most probable answer.
         batch: prompts that are decoded side by side, padded on the left.
     """
-    encoded = encode_prompts(tokenizer, prompts)
+    chosen, encoded = sampling or Sampling(), encode_prompts(tokenizer, prompts)
     stop = _stop_ids(base, tokenizer)
-    sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    )
-    torch.manual_seed(seed)
+    torch.manual_seed(chosen.seed)
     with held_weights(base), progress("generating", len(encoded)) as advance:
         for start in range(0, len(encoded), batch):
-            rows = encoded[start : start + batch]
-            ids, mask = _left_padded(rows, stop[0], base.device)
-            output = base.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=stop,
-                pad_token_id=stop[0],
-                **sampling,
-            )
-            for row in output[:, ids.shape[1] :].tolist():
+            for row in _continued(base, encoded[start : start + batch], stop, chosen):
                 advance(1, "")
                 yield tokenizer.decode(_until_stop(row, stop), skip_special_tokens=True)
+
+
+def answer(
+    base: Base,
+    tokenizer: Any,
+    prompt: str | list[dict[str, str]],
+    sampling: Sampling,
+    on_text: Callable[[str], None],
+    stopped: Callable[[], bool] = lambda: False,
+) -> str:
+    """The answer to one prompt, as `generate` gives it, shown while it is made.
+
+    Args:
+        on_text: takes each piece of text as soon as no later token can change it.
+        stopped: asked after every token; the answer ends where it says so. Seeding is the caller's.
+    """
+    from transformers import TextStreamer
+
+    class Shown(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            on_text(text)
+
+    ids, stop = encode_prompts(tokenizer, [prompt]), _stop_ids(base, tokenizer)
+    shown = Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    criteria = [lambda ids, scores, **_: torch.full((len(ids),), stopped(), device=ids.device)]
+    (row,) = _continued(base, ids, stop, sampling, streamer=shown, stopping_criteria=criteria)
+    return str(tokenizer.decode(_until_stop(row, stop), skip_special_tokens=True))
+
+
+@torch.no_grad()
+def _continued(
+    base: Base, rows: list[list[int]], stop: list[int], sampling: Sampling, **options: Any
+) -> list[list[int]]:
+    """The new ids of each row. Keys and values of earlier tokens are kept: a token costs a passage of its own only."""
+    ids, mask = _left_padded(rows, stop[0], base.device)
+    marks = {"eos_token_id": stop, "pad_token_id": stop[0]}
+    output = base.model.generate(input_ids=ids, attention_mask=mask, **marks, **sampling.options(), **options)
+    new: list[list[int]] = output[:, ids.shape[1] :].tolist()
+    return new
 
 
 def _stop_ids(base: Base, tokenizer: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""The commands that use a model: eval, generate, merge, quantize. Each imports only what it needs.
+"""The commands that use a model: eval, generate, chat, merge, quantize. Each imports only what it needs.
 
 Results go to stdout, progress and notes to stderr, as for all commands. Imported by: cli.
 """
@@ -6,20 +6,27 @@ Results go to stdout, progress and notes to stderr, as for all commands. Importe
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from qlora_kit.commands import check_data, load_model, model_folder, prove_merged, section
+from qlora_kit.commands import held_out_rows, load_model, merge_proved, model_folder, section
 from qlora_kit.options import (
+    Adapters,
     AnyBase,
     AsJson,
     DType,
     ModelPath,
+    NewTokens,
     Onto,
     PlacementOption,
     Quantization,
     QuantType,
+    Seed,
+    SystemTurn,
+    Temperature,
+    TopK,
+    TopP,
     print_json,
 )
 
@@ -60,30 +67,69 @@ def evaluate(
 def generate(
     model: ModelPath,
     prompt: Annotated[str, typer.Option(help="What the user says; rendered with the model's chat template.")],
-    adapter: Annotated[list[str] | None, typer.Option(help="Adapter folder; several add up.")] = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    adapter: Adapters = None,
+    system: SystemTurn = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as plain text, without a template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of sampling at a temperature above 0.")] = 0,
+    max_new_tokens: NewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
     quantization: Quantization = "auto",
     placement: PlacementOption = "auto",
     any_base: AnyBase = False,
 ) -> None:
-    """Text from a base, a base with adapters, or a merged model.
+    """Text from a base, a base with adapters, or a merged model, shown as it is made.
+
+    With `--placement host` or `disk` the model need not fit on the device: its blocks pass once for every token.
 
     Example: `qlora-kit generate --model models/m --adapter runs/r/adapter --prompt "Why is the sky blue?"`
     """
+    import torch
+
+    from qlora_kit.base.loader import held_weights
+    from qlora_kit.chat import say
     from qlora_kit.data.tokenize import load_tokenizer
-    from qlora_kit.generation import generate as run_generation
+    from qlora_kit.generation import Sampling, answer
 
     tokenizer = load_tokenizer(model_folder(model))
     base = load_model(model, list(adapter or []), quantization, any_base, placement)
     messages = [{"role": "system", "content": system}] if system else []
     asked = prompt if raw else [*messages, {"role": "user", "content": prompt}]
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    for answer in run_generation(base, tokenizer, [asked], **options):
-        print(answer)
+    torch.manual_seed(seed)
+    with held_weights(base):
+        answer(base, tokenizer, asked, Sampling(max_new_tokens, temperature, top_p, top_k, seed), say)
+    say("\n")
+
+
+def chat(
+    model: ModelPath,
+    adapter: Adapters = None,
+    system: SystemTurn = None,
+    max_new_tokens: NewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    quantization: Quantization = "auto",
+    placement: PlacementOption = "auto",
+    any_base: AnyBase = False,
+) -> None:
+    """A conversation with a base, a base with adapters, or a merged model; from a pipe, one line is one turn.
+
+    `/reset` forgets the conversation, `/exit` or Ctrl-D ends it, Ctrl-C ends an answer only.
+
+    Example: `qlora-kit chat --model models/m --adapter runs/r/adapter --temperature 0.7`
+    """
+    from qlora_kit.chat import chat as run_chat
+    from qlora_kit.chat import say, typed_lines
+    from qlora_kit.data.tokenize import load_tokenizer
+    from qlora_kit.generation import Sampling
+
+    tokenizer = load_tokenizer(model_folder(model))
+    base = load_model(model, list(adapter or []), quantization, any_base, placement)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    run_chat(base, tokenizer, typed_lines(), say, sampling, system=system)
 
 
 def merge(
@@ -96,45 +142,42 @@ def merge(
     onto: Annotated[
         Onto,
         typer.Option(
-            help="original weights, their dequantized 4-bit copies, or auto: what the adapter was trained beside."
+            help="original weights, their dequantized 4-bit copies, or auto: the better by --verify, else as trained."
         ),
     ] = Onto.auto,
     verify: Annotated[
-        Path | None, typer.Option(help="Held-out jsonl: reload with plain transformers and compare losses.")
+        Path | None,
+        typer.Option(help="Held-out jsonl: choose by it, reload with plain transformers, compare loss and logits."),
     ] = None,
     any_base: AnyBase = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a full-precision model: base + adapter, tensor by tensor.
 
-    Memory stays at a few tensors, whatever the model. With `--verify` the folder is reloaded from disk by plain
-    transformers in a fresh process, and its loss must equal the live adapter model's within 0.01 nats (else exit 4).
+    Memory stays at a few tensors, whatever the model; killed, the same command goes on. With `--verify` the folder
+    gets its name only after its tensors were compared with base and adapter, and after plain transformers, in a fresh
+    process, gave the live adapter model's loss and logits (else exit 4); `--onto auto` then chooses by held-out loss.
 
     Example: `qlora-kit merge --model models/m --adapter runs/r/adapter --out runs/r/merged --verify data/eval.jsonl`
     """
-    from qlora_kit.export.merge import merge_model
-    from qlora_kit.units import format_bytes
+    import dataclasses
+
+    from qlora_kit.export.choose import evidence
+    from qlora_kit.export.merge import open_merge
+    from qlora_kit.export.output import require_apart, require_replaceable, write_merged
+    from qlora_kit.export.table import merge_table
 
     folder = model_folder(model)
-    if verify is not None:
-        check_data(folder, verify)
-    report = merge_model(folder, adapter, out, dtype=dtype.value, onto=onto.value, any_base=any_base)
-    result = report.to_json()
-    if verify is not None:
-        result["proof"] = prove_merged(folder, adapter, out, verify, any_base)
-    if as_json:
-        print_json(result)
-        return
-    print(
-        f"{out}: {format_bytes(report.bytes_written)} {report.dtype}, {report.merged_tensors} tensors merged onto the "
-        f"{report.onto} weights, {report.copied_tensors} copied"
-    )
-    if verify is not None:
-        proof = result["proof"]
-        print(
-            f"reloaded by plain transformers: held-out loss {proof['merged_loss']:.4f}, "
-            f"adapter model {proof['live_loss']:.4f}"
-        )
+    rows = None if verify is None else held_out_rows(folder, verify)
+    opened = open_merge(folder, adapter, dtype=dtype.value, onto=onto.value, any_base=any_base)
+    require_apart(out, folder, adapter)
+    require_replaceable(out)
+    opened = dataclasses.replace(opened, evidence=evidence(opened))
+    if rows is None:
+        report = write_merged(opened, out)
+    else:
+        report = merge_proved(opened, out, rows, choose=onto is Onto.auto, any_base=any_base)
+    print_json(report.to_json()) if as_json else merge_table(report, out)
 
 
 def quantize(

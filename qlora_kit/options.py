@@ -1,4 +1,5 @@
-"""Options that several commands share, and how a command prints its JSON. Imported by: cli, model_commands."""
+"""Options that several commands share, and how a command prints its JSON. Imported by: cli, model_commands,
+export_command."""
 
 from __future__ import annotations
 
@@ -21,6 +22,13 @@ PlacementOption = Annotated[
     str,
     typer.Option("--placement", help="auto | device | host | disk: where the blocks live; streamed ones fit anywhere."),
 ]
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="Adapter folder; several add up.")]
+SystemTurn = Annotated[str | None, typer.Option("--system", help="System message.")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the most probable token.")]
+TopP = Annotated[float, typer.Option("--top-p", min=0.01, max=1.0, help="Only the likeliest tokens of this total.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Only the k likeliest tokens; 0: all.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of sampling at a temperature above 0.")]
 
 
 class DType(str, Enum):
@@ -29,6 +37,15 @@ class DType(str, Enum):
     float16 = "float16"
     bfloat16 = "bfloat16"
     float32 = "float32"
+
+
+class GgufType(str, Enum):
+    """Of the matrices in a GGUF file."""
+
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+    f32 = "f32"
 
 
 class QuantType(str, Enum):

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from qlora_kit.adapter_files import trainable
 from qlora_kit.errors import RecipeError, nearest
 from qlora_kit.optimizers import OPTIMIZERS
 from qlora_kit.recipe_yaml import read_value, read_yaml, to_yaml
@@ -66,16 +67,38 @@ class Model(_Section):
     )
 
 
+def _method(value: Any) -> Any:
+    if value == "dora":
+        raise ValueError("lora expected, found 'dora': DoRA adapters run and merge here, but are not trained")
+    return value
+
+
 class Adapter(_Section):
     """The LoRA branch, h = W0 x + (alpha / rank) B A x."""
 
-    method: Literal["lora"] = Field("lora")
+    method: Annotated[Literal["lora"], BeforeValidator(_method)] = Field("lora")
+    start_from: str | None = Field(
+        None, description="folder of a LoRA adapter to train on; rank, alpha and target_modules are then that one's"
+    )
     rank: Positive = Field(16)
     alpha: Annotated[float, Field(gt=0)] = Field(32, description="the branch is scaled by alpha / rank")
     dropout: Fraction = Field(0.0, description="on the branch's input, repeatable from the seed")
     target_modules: str | list[str] = Field("all-linear", description="all-linear, a list of names, or a regex")
     dtype: DType = Field("bfloat16")
     init: Literal["gaussian", "kaiming"] = Field("gaussian", description="of A; B is always zero")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _taken_over(cls, values: Any) -> Any:
+        """Raises: ModelError: no adapter there, or one that is not trained here."""
+        if not isinstance(values, dict) or not isinstance(values.get("start_from"), str):
+            return values
+        folder = values["start_from"]
+        found = trainable(Path(folder))
+        for key in ("rank", "alpha", "target_modules"):
+            if key in values and values[key] != found[key]:
+                raise ValueError(f"{key}: found {values[key]}, the adapter in {folder} has {found[key]}; leave it out")
+        return found | values
 
     @property
     def scale(self) -> float:
@@ -237,6 +260,8 @@ class Recipe(_Section):
         base, output = Path(self.model.path).resolve(), Path(self.output).resolve()
         if output == base or base in output.parents:
             raise ValueError(f"output {self.output!r} lies in the base model's folder {self.model.path!r}")
+        if self.adapter.start_from is not None and output in Path(self.adapter.start_from).resolve().parents:
+            raise ValueError(f"adapter.start_from {self.adapter.start_from!r} lies in output {self.output!r}")
         return self
 
     @property

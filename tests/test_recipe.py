@@ -66,7 +66,7 @@ output: runs/smollm2-gsm8k
 USERS_OWN = {"model.path", "data.train", "data.eval", "train.steps", "output"}
 ADDED = {  # later than the contract
     *("memory.resident_blocks", "memory.embeddings", "memory.keep_dequantized", "memory.micro_batches_together"),
-    *("memory.host_blocks", "memory.mlp_tile_tokens", "memory.on_oom"),
+    *("memory.host_blocks", "memory.mlp_tile_tokens", "memory.on_oom", "adapter.start_from"),
     *("model.dtype", "model.keep_quantized", "train.epochs", "train.trackers", "train.master_weights"),
 }
 CHOICES = [

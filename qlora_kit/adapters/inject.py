@@ -12,6 +12,7 @@ import torch
 from qlora_kit import recipe
 from qlora_kit.adapters.initialise import LORA_INITIALISATIONS
 from qlora_kit.adapters.lora import DropoutSeed, LoRABranch, mixed_seed
+from qlora_kit.adapters.tensors import put_tensors
 from qlora_kit.base.loader import Base
 from qlora_kit.errors import ModelError, RecipeError, nearest
 from qlora_kit.planning.shapes import matches
@@ -65,13 +66,14 @@ def branches(base: Base, name: str = DEFAULT) -> dict[str, LoRABranch]:
 
 def adapter_names(base: Base) -> list[str]:
     """The adapters that this base carries, in the order in which they came."""
-    return list(dict.fromkeys(name for linear in base.linears().values() for name in linear.branches))
+    on_linears = dict.fromkeys(name for linear in base.linears().values() for name in linear.branches)
+    return list(on_linears | dict.fromkeys(base.updates))
 
 
 def activate(base: Base, names: Iterable[str]) -> None:
     """Choose the adapters that take part from now on; none: the plain base.
 
-    Raises: ModelError: no such adapter on this base.
+    Raises: ModelError: no such adapter on this base, or some that cannot work together.
     """
     names, known = tuple(names), adapter_names(base)
     for name in names:
@@ -80,6 +82,11 @@ def activate(base: Base, names: Iterable[str]) -> None:
     for linear in base.linears().values():
         if linear.merged is not None:
             raise ModelError("an adapter is merged into the base; unmerge it before choosing another")
+        chosen = [linear.branches[name] for name in names if name in linear.branches]
+        if len(names) > 1 and any(branch.magnitude is not None for branch in chosen):
+            raise ModelError(f"a DoRA adapter works alone, since it scales the whole weight; asked for {list(names)}")
+    put_tensors(base, names)
+    for linear in base.linears().values():
         linear.active = names
 
 

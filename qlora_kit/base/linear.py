@@ -9,7 +9,7 @@ Imported by: base.loader (builds it), adapters (hangs branches in), export (read
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,8 @@ class Branch(Protocol):
     scale: float
 
     def dropout(self) -> Dropout | None: ...
+
+    def gain(self, weight: Callable[[], Tensor]) -> Tensor | None: ...
 
 
 class Dropout:
@@ -139,6 +141,8 @@ class FrozenLinear(nn.Module):
         weight = self.base_weight().to(torch.float32, copy=True)
         for branch in branches:
             weight.addmm_(branch.lora_B.detach().float(), branch.lora_A.detach().float(), alpha=branch.scale)
+            if (gain := branch.gain(self.base_weight)) is not None:
+                weight.mul_(gain[:, None])
         self.merged = weight.to(self.dtype)
 
     def unmerge(self) -> None:
@@ -152,11 +156,18 @@ class FrozenLinear(nn.Module):
             return _FrozenLinear.apply(x, None, None, self, 1.0, None)
         if len(branches) == 1:
             (branch,) = branches
-            return _FrozenLinear.apply(x, branch.lora_A, branch.lora_B, self, branch.scale, branch.dropout())
+            y = _FrozenLinear.apply(x, branch.lora_A, branch.lora_B, self, branch.scale, branch.dropout())
+            gain = branch.gain(self.base_weight)
+            return y if gain is None else self._with_gain(y, gain)
         # Several adapters are one of the sum of their ranks: s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2].
         lora_A = torch.cat([branch.lora_A.to(x.dtype) for branch in branches])
         lora_B = torch.cat([branch.lora_B.to(x.dtype) * branch.scale for branch in branches], dim=1)
         return _FrozenLinear.apply(x, lora_A, lora_B, self, 1.0, None)
+
+    def _with_gain(self, y: Tensor, gain: Tensor) -> Tensor:
+        """y [..., O] with all but the bias multiplied by `gain` [O] (DoRA); arithmetic in fp32."""
+        unscaled = 0.0 if self.bias is None else self.bias * (1 - gain)
+        return (y * gain + unscaled).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.quantization}, active={list(self.active)}"

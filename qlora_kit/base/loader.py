@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,9 @@ class Base:
         folder: where its files are.
         fingerprint: of the weights on disk, before quantization: hex digest over names, dtypes, shapes and samples.
         streamer: brings in the blocks that do not live on the device; None: all of them do.
+        updates: what each adapter makes of tensors that are no weight of a block's linear, by name; see
+            `adapters.tensors`.
+        replaced: the base's own, while adapters have others in their place.
     """
 
     model: Any
@@ -56,6 +59,8 @@ class Base:
     fingerprint: str
     device: torch.device
     streamer: BlockStreamer | None = None
+    updates: dict[str, dict[str, Any]] = field(default_factory=dict)
+    replaced: dict[str, Any] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:

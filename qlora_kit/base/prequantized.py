@@ -145,6 +145,9 @@ class DequantizedShards(Shards):
             if PART.fullmatch(name) is None:
                 self.entries[name] = entry
 
+    def as_stored(self, name: str) -> bool:
+        return name not in self._packed
+
     def read(self, name: str) -> Tensor:
         """The tensor, newly allocated on the host, dequantized if it is packed."""
         if name not in self._packed:

@@ -126,6 +126,15 @@ class Shards:
             for position, row in enumerate(rows):
                 self._fill(file, entry, row * row_bytes, target[position * row_bytes : (position + 1) * row_bytes])
 
+    def read_range(self, entry: Entry, start: int, target: memoryview) -> None:
+        """Fill `target` with the tensor's bytes from byte `start` on."""
+        with self._opened(entry) as file:
+            self._fill(file, entry, start, target)
+
+    def as_stored(self, name: str) -> bool:
+        """Whether a tensor is read as the bytes that its file holds, so that parts of it can be read alone."""
+        return True
+
     @contextlib.contextmanager
     def _opened(self, entry: Entry) -> Iterator[int]:
         """Descriptor of the file that a tensor lies in; what the system refuses is raised as `error`."""

@@ -148,10 +148,14 @@ class FetchedEmbedding(nn.Module):
 
     def __init__(self, embedding: nn.Embedding, table: Table) -> None:
         super().__init__()
-        self.table, self.weight = table, _without_values(table)
+        self.fetch_from(table)
         del embedding.weight  # no parameter any more; an attribute during a lookup
         embedding.padding_idx = None  # of use to a trained embedding only
         self.embedding = embedding
+
+    def fetch_from(self, table: Table) -> None:
+        """Look rows up in this table from now on."""
+        self.table, self.weight = table, _without_values(table)
 
     def forward(self, ids: Tensor) -> Tensor:
         """What the model's own embedding (it may scale) makes of ids [...]: [..., D].
@@ -177,6 +181,10 @@ class FetchedHead(nn.Module):
 
     def __init__(self, table: Table) -> None:
         super().__init__()
+        self.fetch_from(table)
+
+    def fetch_from(self, table: Table) -> None:
+        """Take rows from this table from now on."""
         self.table, self.weight, self.shape = table, _without_values(table), table.entry.shape
 
     def chunks(self, rows: int) -> Iterator[tuple[int, Tensor]]:

@@ -1,211 +1,211 @@
-"""W = W0 + (alpha / r) B A into a full-precision model, tensor by tensor: memory is that of the largest tensor.
+"""W = W0 + (alpha / r) B A into a full-precision model, tile by tile: memory is that of one tensor, whatever the model.
 
-How: every tensor of the base's files is read, updated in fp32 where the adapter has a branch, rounded once to the
-output dtype, and written under its own name into a shard of the same name. W0 is the original weight, or its NF4
-copy dequantized, which is what the adapter was trained beside. The folder appears only when it is whole.
-Source: Hu et al. 2021, arXiv:2106.09685, section 4.1. Imported by: the `merge` command, the quickstart.
+How: every tensor of the base is read by tiles of rows; where the adapter has a branch the tile is updated in fp64, and
+rounded once to the output dtype. `merged_rows` is the one place that knows what an adapter does to a weight.
+`MergedShards` is the result, read as if it were an ordinary checkpoint: `output` writes it, GGUF export and the choice
+of the base read it. Why fp64: every element is the exact sum correctly rounded, which fp32 arithmetic misses in fp16
+for 1 element in 10^4; the disk is slower than the arithmetic either way.
+Source: Hu et al. 2021, arXiv:2106.09685, section 4.1. Imported by: the `merge` command, choose, audit, tools.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_kit import files
-from qlora_kit.adapters.store import StoredBranch, provenance, read_adapter, require_same_base
-from qlora_kit.architectures import Architecture
-from qlora_kit.base import nf4
-from qlora_kit.base.companions import carry
-from qlora_kit.base.prequantized import DequantizedShards, packed_weights
-from qlora_kit.base.shards import Shards, find_shards, write_tensors
+from qlora_kit import __version__, files
+from qlora_kit.adapter_files import CONFIG, WEIGHTS
+from qlora_kit.adapters.store import provenance, read_whole_adapter, require_same_base
+from qlora_kit.adapters.updates import StoredAdapter, StoredBranch, TensorUpdate
+from qlora_kit.base.shards import Entry, Shards, bytes_of
 from qlora_kit.base.source import base_fingerprint
-from qlora_kit.console import progress
-from qlora_kit.errors import DiskError, ModelError, NonFiniteError
-from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
+from qlora_kit.errors import NonFiniteError
+from qlora_kit.export.onto import BaseFiles, Quantization
+from qlora_kit.export.output import MergeReport, write_merged
+from qlora_kit.export.rounding import round_once
+from qlora_kit.export.tables import Layout, lay_out
+
+TILE = 1 << 18  # elements; a thread holds about 20 bytes for each
 
 
 @dataclass(frozen=True)
-class MergeReport:
-    """What was merged, written as `merge_report.json`."""
+class Merge:
+    """What is to be merged: base, adapter, and how.
 
-    base: str
-    adapter: str
+    Attributes:
+        onto: `original` or `dequantized`.
+        dtype: of the output.
+        changes: the adapter.
+        fingerprint: the base's, as adapters record it.
+        evidence: for the report; see `choose.evidence`.
+    """
+
+    base: BaseFiles
+    adapter: Path
     onto: str
-    dtype: str
-    merged_tensors: int
-    copied_tensors: int
-    bytes_written: int
-    base_fingerprint: str
-    sha256: dict[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Merger:
-    """Gives each tensor of the output."""
-
-    shards: Shards
-    architecture: Architecture
-    branches: dict[str, StoredBranch]
-    dequantized: dict[str, Any]  # linears to take from their 4-bit copy -> how it was made; empty: onto the original
     dtype: torch.dtype
+    quantization: Quantization
+    changes: StoredAdapter
+    fingerprint: str
+    evidence: dict[str, Any] | None = None
 
-    def produce(self, file_name: str) -> Tensor:
-        """One output tensor. Raises: NonFiniteError: it does not fit the output dtype."""
-        value = self.shards.read(file_name)
-        linear = (self.architecture.name_in_model(file_name) or "").removesuffix(".weight")
-        if linear in self.dequantized:
-            value = self._oriented(_through_4_bits(self._oriented(value), **self.dequantized[linear]))
-        if linear in self.branches:
-            branch = self.branches[linear]
-            update = branch.lora_B.float() @ branch.lora_A.float()
-            value = value.float().add_(self._oriented(update), alpha=branch.scale)
-        rounded = value.to(self.dtype) if value.is_floating_point() else value
-        if not torch.isfinite(rounded).all():
+    @cached_property
+    def weights(self) -> Shards:
+        """What is added to."""
+        return self.base.weights(self.onto, self.quantization)
+
+    @cached_property
+    def shards(self) -> MergedShards:
+        """The merged model."""
+        return MergedShards(self)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """What the output is made of."""
+        return lay_out(self.weights.entries, self.weights.read, self.changes, self.base.shapes)
+
+    def linear(self, file_name: str) -> str:
+        """The linear whose weight a tensor of the files is; the name of no linear if it is none."""
+        return (self.base.shapes.architecture.name_in_model(file_name) or "").removesuffix(".weight")
+
+    def update(self, file_name: str) -> StoredBranch | TensorUpdate | None:
+        """What the adapter makes of a tensor of the output; None: nothing."""
+        return self.changes.update(self.base.shapes.architecture.name_in_model(file_name) or "")
+
+    @cached_property
+    def digest(self) -> str:
+        """Of everything that the output depends on: work of another digest is not continued."""
+        shard_files = sorted({entry.path for entry in self.base.stored.entries.values()})
+        parts = [__version__, self.fingerprint, self.onto, str(self.dtype), repr(self.quantization)]
+        parts += [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in shard_files]
+        parts += [files.sha256(self.adapter / name) for name in (CONFIG, WEIGHTS)]
+        parts.append(json.dumps(self.base.config, sort_keys=True))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def open_merge(
+    base: Path, adapter: Path, *, dtype: str = "float16", onto: str = "auto", any_base: bool = False
+) -> Merge:
+    """Check that base and adapter belong together; nothing is computed yet.
+
+    Args:
+        onto: `original` weights, their `dequantized` 4-bit copies, or `auto`: what the adapter was trained beside.
+        any_base: accept a base that is not the one the adapter records.
+    Raises: ModelError: they do not, or the weights to merge onto cannot be had.
+    """
+    opened = BaseFiles.open(base)
+    changes = read_whole_adapter(adapter, opened.shapes, base)
+    digest, quantization = base_fingerprint(opened.stored), Quantization.recorded(provenance(adapter))
+    if not any_base:
+        require_same_base(adapter, digest, base)
+    onto = opened.resolve(onto, quantization, adapter)
+    return Merge(opened, adapter, onto, getattr(torch, dtype), quantization, changes, digest)
+
+
+class MergedShards(Shards):
+    """The merged model, read as if it were an ordinary checkpoint in the output dtype."""
+
+    def __init__(self, merge: Merge) -> None:
+        super().__init__([], merge.weights.error)
+        self._merge, self._weights = merge, merge.weights
+        for name, entry in merge.layout.entries.items():
+            dtype = merge.dtype if entry.dtype.is_floating_point else entry.dtype
+            self.entries[name] = replace(entry, dtype=dtype, size_bytes=math.prod(entry.shape) * dtype.itemsize)
+
+    def as_stored(self, name: str) -> bool:
+        return False
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, newly allocated on the host. Raises: NonFiniteError: it does not fit the output dtype."""
+        entry = self.entry(name)
+        flat, done = torch.empty(math.prod(entry.shape), dtype=entry.dtype), 0
+        for tile in self.tiles(name):
+            part = tile()
+            flat[done : done + part.numel()] = part
+            done += part.numel()
+        return flat.view(entry.shape)
+
+    def tiles(self, name: str) -> Iterator[Callable[[], Tensor]]:
+        """Functions that give the pieces of a tensor, flat, in order. They may be called in any thread.
+
+        Raises (from the functions): NonFiniteError: a value does not fit the output dtype.
+        """
+        source, shape = self._merge.layout.sources.get(name, name), self.entry(name).shape
+        entry = self._weights.entry(source)
+        rows, columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+        whole = None if self._weights.as_stored(source) else self._weights.read(source).reshape(-1, columns)
+        update, transposed = self._merge.update(name), self._merge.base.shapes.architecture.transposed
+        replaced = isinstance(update, TensorUpdate) and update.value is not None
+
+        def tile(start: int, stop: int) -> Tensor:
+            if replaced:  # the base's rows are not needed, and some are not there where tokens were added
+                value = torch.empty(stop - start, columns, dtype=torch.float64)
+            else:
+                value = self._rows(entry, start, stop) if whole is None else whole[start:stop]
+            if update is not None:
+                value = merged_rows(value.double(), update, start, transposed)
+            return self._rounded(name, value)
+
+        by_columns = transposed and isinstance(update, StoredBranch) and update.magnitude is not None
+        height = rows if by_columns else max(1, TILE // max(1, columns))
+        for start in range(0, rows, height):
+            yield lambda start=start: tile(start, min(start + height, rows))  # type: ignore[misc]
+
+    def _rows(self, entry: Entry, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor of the base's files, [stop - start, columns]."""
+        row_bytes = entry.size_bytes // entry.shape[0] if entry.shape else entry.size_bytes
+        buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        self._weights.read_range(entry, start * row_bytes, bytes_of(buffer))
+        return buffer.view(entry.dtype).view(stop - start, -1)
+
+    def _rounded(self, name: str, value: Tensor) -> Tensor:
+        """A tile in the output dtype. Raises: NonFiniteError: a value is outside of it."""
+        if not value.is_floating_point():
+            return value.reshape(-1)
+        dtype = self._merge.dtype
+        rounded = round_once(value, dtype) if value.dtype == torch.float64 else value.to(dtype)
+        low, high = (extreme.item() for extreme in rounded.aminmax()) if rounded.numel() else (0.0, 0.0)
+        if not math.isfinite(low) or not math.isfinite(high):
             peak = value.abs().max().item()
             raise NonFiniteError(
-                f"tensor {file_name!r} reaches {peak:.3g}, outside {self.dtype}; nothing was written; "
-                "use --dtype bfloat16"
+                f"tensor {name!r} reaches {peak:.3g}, outside {dtype}; nothing was written; use --dtype bfloat16"
             )
-        return rounded
-
-    def _oriented(self, weight: Tensor) -> Tensor:
-        """[O, I] as the file stores it, or the reverse."""
-        return weight.t() if self.architecture.transposed else weight
+        return rounded.reshape(-1)
 
 
-def _through_4_bits(weight: Tensor, quantization: str, double_quant: bool, dtype: torch.dtype) -> Tensor:
-    """The weight that training saw: quantized and dequantized again."""
-    stored = nf4.quantize(weight.to(dtype), quantization, double_quant)
-    return nf4.dequantize(stored, tuple(weight.shape), quantization, dtype)
+def merged_rows(value: Tensor, update: StoredBranch | TensorUpdate, start: int, transposed: bool) -> Tensor:
+    """Rows of a tensor as the adapter has them; `value`, the base's rows from `start` on in fp64, is overwritten.
+
+    Args:
+        transposed: files hold the weights of linears as [I, O] (GPT-2). Of DoRA `value` is then the whole weight, since
+            norms are taken along its columns.
+    """
+    if transposed and isinstance(update, StoredBranch):
+        inputs = replace(update, lora_A=update.lora_A[:, start : start + len(value)])
+        return inputs.apply(value.t()).t()
+    return update.rows(start, start + len(value)).apply(value)
+
+
+def merged_tensors(
+    base: Path, adapter: Path, *, dtype: str = "float16", onto: str = "auto", any_base: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """(name in the files, merged tensor) one at a time, in the order of the base's files; see `open_merge`."""
+    shards = open_merge(base, adapter, dtype=dtype, onto=onto, any_base=any_base).shards
+    for name in shards.entries:
+        yield name, shards.read(name)
 
 
 def merge_model(
     base: Path, adapter: Path, out: Path, *, dtype: str = "float16", onto: str = "auto", any_base: bool = False
 ) -> MergeReport:
-    """Write the merged model to the folder `out`.
-
-    Args:
-        onto: `original` weights, their `dequantized` 4-bit copies, or `auto`: what the adapter was trained beside.
-        any_base: accept a base that is not the one the adapter records.
-    Raises: DiskError: `out` exists, or too little space. ModelError: base and adapter do not fit. NonFiniteError: a
-        value is outside the output dtype. Nothing is left behind in any of these cases.
-    """
-    _require_new(out, base, adapter)
-    config, source = read_config(str(base))
-    shapes = model_shapes(config, source)
-    shards = Shards(find_shards(base))
-    branches = read_adapter(adapter, _linear_shapes(shapes), base)
-    digest, record = base_fingerprint(shards), provenance(adapter)
-    if not any_base:
-        require_same_base(adapter, digest, base)
-    packed = packed_weights(shards, shapes.architecture, config, source)
-    onto = _resolve_onto(onto, record, adapter) if packed is None else _onto_4_bits(onto, base)
-    settings = {
-        "quantization": record.get("quantization", "none"),
-        "double_quant": record.get("double_quant", True),
-        "dtype": getattr(torch, record.get("dtype", "bfloat16")),
-    }
-    dequantized = dict.fromkeys(_linear_shapes(shapes), settings) if onto == "dequantized" else {}
-    if packed is not None:
-        shards, dequantized = DequantizedShards(shards, packed, shapes.architecture, settings["dtype"]), {}
-    merger = _Merger(shards, shapes.architecture, branches, dequantized, getattr(torch, dtype))
-    sizes = {name: _output_bytes(shards, name, merger.dtype) for name in shards.entries}
-    files.require_free_space(out, sum(sizes.values()), "the merged model")
-    with files.atomic_folder(out) as aside:
-        _write_weights(aside, merger, sizes)
-        _write_config(aside, config, dtype)
-        carry(base, aside)
-        report = MergeReport(
-            base=str(base),
-            adapter=str(adapter),
-            onto=onto,
-            dtype=dtype,
-            merged_tensors=len(branches),
-            copied_tensors=len(sizes) - len(branches),
-            bytes_written=sum(sizes.values()),
-            base_fingerprint=digest,
-            sha256={path.name: files.sha256(path) for path in sorted(aside.iterdir())},
-        )
-        files.write_json(aside / "merge_report.json", report.to_json())
-    return report
-
-
-def _require_new(out: Path, base: Path, adapter: Path) -> None:
-    inside = (out.resolve(), *out.resolve().parents)
-    if base.resolve() in inside or adapter.resolve() in inside:
-        raise DiskError(f"{out}: lies in the base's or the adapter's folder; choose another --out")
-    if out.exists():
-        raise DiskError(f"{out}: already exists; choose another --out, or remove it")
-
-
-def _resolve_onto(onto: str, record: dict[str, Any], adapter: Path) -> str:
-    """Raises: ModelError: the 4-bit copy was asked for and the adapter does not say how it was made."""
-    quantized = record.get("quantization", "none") != "none"
-    if onto == "auto":
-        return "dequantized" if quantized else "original"
-    if onto == "dequantized" and not quantized:
-        raise ModelError(f"{adapter}: does not record a 4-bit base; merge with --onto original")
-    return onto
-
-
-def _onto_4_bits(onto: str, base: Path) -> str:
-    """Raises: ModelError: the original weights were asked for, and the base is a 4-bit checkpoint."""
-    if onto == "original":
-        raise ModelError(f"{base}: a 4-bit checkpoint has no original weights; give the original model as --model")
-    return "dequantized"
-
-
-def _linear_shapes(shapes: ModelShapes) -> dict[str, tuple[int, int]]:
-    """(out, in) features of every linear of the blocks, by full name."""
-    return {
-        f"{shapes.architecture.blocks}.{layer}.{linear.name}": (linear.out_features, linear.in_features)
-        for layer in range(shapes.layers)
-        for linear in shapes.linears
-    }
-
-
-def _output_bytes(shards: Shards, name: str, dtype: torch.dtype) -> int:
-    entry = shards.entries[name]
-    if not entry.dtype.is_floating_point:
-        return entry.size_bytes
-    return entry.size_bytes // entry.dtype.itemsize * dtype.itemsize
-
-
-def _write_weights(folder: Path, merger: _Merger, sizes: dict[str, int]) -> None:
-    """Shards of the same names as the base's, each tensor under its own name; the index if there are several."""
-    entries = merger.shards.entries
-    by_shard: dict[str, list[str]] = {}
-    for name, entry in entries.items():
-        by_shard.setdefault(entry.path.name, []).append(name)
-    with progress("merging", sum(sizes.values())) as advance:
-
-        def produce(name: str) -> Tensor:
-            advance(sizes[name], name)
-            return merger.produce(name)
-
-        for shard, names in by_shard.items():
-            layout = {
-                name: (
-                    merger.dtype if entries[name].dtype.is_floating_point else entries[name].dtype,
-                    entries[name].shape,
-                )
-                for name in names
-            }
-            write_tensors(folder / shard, layout, produce, {"format": "pt"})
-    if len(by_shard) > 1:
-        weight_map = {name: entry.path.name for name, entry in entries.items()}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        files.write_json(folder / "model.safetensors.index.json", index)
-
-
-def _write_config(folder: Path, config: dict[str, Any], dtype: str) -> None:
-    """The base's config with the new dtype and without a trace of quantization."""
-    kept = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
-    files.write_json(folder / "config.json", kept | {"dtype": dtype})
+    """Write the merged model to the folder `out`; see `open_merge` and `output.write_merged`."""
+    return write_merged(open_merge(base, adapter, dtype=dtype, onto=onto, any_base=any_base), out)

@@ -1,7 +1,8 @@
-"""Proof that a merged folder is the model that was trained: reloaded from disk by plain transformers, in a new process.
+"""Proof that a merged folder is the model that was trained: its bits, and what it says when it is loaded anew.
 
-`python -m qlora_kit.export.verify FOLDER`, with token ids and targets as JSON on stdin, prints the loss as JSON; no
-code of the kit's base, adapters or training takes part in it. Imported by: the `merge` command, the quickstart.
+How: `audit` compares base, adapter and folder tensor by tensor; then a fresh process loads the folder by plain
+transformers, and its loss and logits on held-out text must be those of the live model: base and adapter side by side,
+on the same weights that were merged onto. Imported by: choose, the commands.
 """
 
 from __future__ import annotations
@@ -14,84 +15,85 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.data.tokenize import IGNORE_INDEX, Example, load_examples
+from qlora_kit.data.tokenize import Example
 from qlora_kit.errors import ModelError
+from qlora_kit.export.audit import audit
+from qlora_kit.export.score import Distance, Rows, Scores, score
 
 if TYPE_CHECKING:
     from qlora_kit.base.loader import Base
+    from qlora_kit.export.merge import Merge
 
-TOLERANCE_NATS = 0.01
+TOLERANCE_NATS = 0.01  # of the loss, and of the mean KL divergence
+# The live model computes in its own dtype: bf16 rounds each block's output, and logits of 16 in steps of 1/8.
+
+
+@dataclass(frozen=True)
+class Live:
+    """The live adapter model: its scores, and the file that holds its logits."""
+
+    scores: Scores
+    logits: Path
+    rows: Rows
 
 
 @dataclass(frozen=True)
 class Proof:
-    """Held-out loss of the live adapter model and of the merged folder, in nats per learned token."""
+    """A merged folder beside the live model; losses in nats per learned token, `distance` from the live logits."""
 
     live_loss: float
     merged_loss: float
     tokens: int
+    distance: Distance
+    changed: int
+    unchanged: int
 
     @property
     def passed(self) -> bool:
         """Whether the two agree."""
-        return abs(self.live_loss - self.merged_loss) <= TOLERANCE_NATS
+        return max(abs(self.live_loss - self.merged_loss), self.distance.kl) <= TOLERANCE_NATS
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"passed": self.passed, "tolerance_nats": TOLERANCE_NATS}
 
 
-def prove(folder: Path, live_loss: float, examples: Sequence[Example]) -> Proof:
-    """Score the merged folder in a fresh process and compare.
+def rows_of(examples: Sequence[Example]) -> Rows:
+    """What of held-out documents goes to a scoring process: those with something to learn."""
+    return [(example.input_ids, example.targets) for example in examples if example.learned_tokens]
 
-    Raises: ModelError: plain transformers cannot load it, or the losses differ by more than TOLERANCE_NATS.
+
+def live_model(base: Base, rows: Rows, logits: Path) -> Live:
+    """Score `base` with its active adapters; its logits go to the file `logits`."""
+    base.model.eval()
+    return Live(score(base.model, rows, save=logits), logits, rows)
+
+
+def prove(folder: Path, merge: Merge, live: Live) -> Proof:
+    """Compare a merged folder with its base and adapter, then reload it and compare it with the live model.
+
+    Raises: ModelError: what is wrong with a tensor; plain transformers cannot load the folder; or loss or logits differ
+        by more than TOLERANCE_NATS.
     """
-    rows = json.dumps([(example.input_ids, example.targets) for example in examples])
-    command = [sys.executable, "-m", "qlora_kit.export.verify", str(folder)]
-    run = subprocess.run(command, input=rows, capture_output=True, text=True, check=False)
-    if run.returncode != 0:
-        reason = run.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        raise ModelError(f"{folder}: plain transformers cannot load and score it: {reason[0]}")
-    scored = json.loads(run.stdout.splitlines()[-1])
-    proof = Proof(live_loss, scored["loss"], scored["tokens"])
+    counts = audit(folder, merge)
+    scores = reloaded(folder, live)
+    assert scores.distance is not None
+    proof = Proof(live.scores.loss, scores.loss, scores.tokens, scores.distance, **counts)
     if not proof.passed:
         raise ModelError(
-            f"{folder}: the merged model scores {proof.merged_loss:.4f} nats, the adapter model {live_loss:.4f}: "
-            f"they differ by more than {TOLERANCE_NATS}; do not use it"
+            f"{folder}: the merged model scores {proof.merged_loss:.4f} nats, the live adapter model "
+            f"{proof.live_loss:.4f}, KL {proof.distance.kl:.4f} per token: more than {TOLERANCE_NATS} apart; "
+            "do not use it"
         )
     return proof
 
 
-def prove_merge(base: Base, tokenizer: Any, folder: Path, data: Path, *, seq_len: int = 2048) -> Proof:
-    """Score `base` with its active adapter on held-out `data`, then the merged `folder`; see `prove`."""
-    from qlora_kit.data.batches import eval_batches
-    from qlora_kit.planning.components import AUTO_LOSS_CHUNK_TOKENS
-    from qlora_kit.recipe import Data
-    from qlora_kit.training.evaluate import evaluate
-
-    examples, _ = load_examples(data, Data(train=str(data), seq_len=seq_len), tokenizer)
-    batches = eval_batches(examples, micro_batch=1, seq_len=seq_len, packing=False, pad_id=0)
-    return prove(folder, evaluate(base, batches, AUTO_LOSS_CHUNK_TOKENS).loss, examples)
-
-
-def plain_loss(folder: Path, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[float, int]:
-    """Mean loss of a folder under `AutoModelForCausalLM`, one document at a time, and the tokens it is over."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    # Arithmetic in fp32, so that only the weights' rounding counts: fp16 arithmetic on a CPU is another experiment.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    total, tokens = 0.0, 0
-    with torch.no_grad():
-        for input_ids, targets in rows:
-            logits = model(input_ids=torch.tensor([input_ids])).logits[0]
-            wanted = torch.tensor(targets)
-            total += torch.nn.functional.cross_entropy(
-                logits, wanted, ignore_index=IGNORE_INDEX, reduction="sum"
-            ).item()
-            tokens += int((wanted != IGNORE_INDEX).sum())
-    return total / max(1, tokens), tokens
-
-
-if __name__ == "__main__":
-    loss, token_count = plain_loss(Path(sys.argv[1]), json.load(sys.stdin))
-    print(json.dumps({"loss": loss, "tokens": token_count}))
+def reloaded(folder: Path, live: Live) -> Scores:
+    """Scores of a folder in a fresh process. Raises: ModelError: plain transformers cannot load it."""
+    question = json.dumps({"rows": live.rows, "reference": str(live.logits)})
+    command = [sys.executable, "-m", "qlora_kit.export.score", str(folder)]
+    run = subprocess.run(command, input=question, capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        reason = run.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        raise ModelError(f"{folder}: plain transformers cannot load and score it: {reason[0]}")
+    found = json.loads(run.stdout.splitlines()[-1])
+    return Scores(found["losses"], found["counts"], Distance(**found["distance"]))

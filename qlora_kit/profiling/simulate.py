@@ -116,6 +116,8 @@ def unfilled_run(recipe: Recipe, held_out: bool = False) -> Run:
         held_out: with as many rows to evaluate as a step has.
     """
     base, rows = unfilled_base(recipe.model, DEVICE, placement_of(recipe)), examples(recipe)
+    fresh = recipe.adapter.model_copy(update={"start_from": None})  # of the same shapes; the device holds no values
+    recipe = recipe.model_copy(update={"adapter": fresh})
     run = assemble(recipe, base, rows, rows if held_out else [], StopRequest())
     make_optimizer_state(run)
     return run

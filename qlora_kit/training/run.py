@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_kit import files
+from qlora_kit.adapter_files import WEIGHTS
 from qlora_kit.adapters.inject import inject, trainable_parameters
 from qlora_kit.adapters.lora import DropoutSeed
+from qlora_kit.adapters.store import continue_adapter
 from qlora_kit.base.device import keep_freed_memory, pick_device, return_freed_memory
 from qlora_kit.base.loader import Base, load_base
 from qlora_kit.base.owners import hand_over
@@ -40,8 +43,8 @@ from qlora_kit.training.signals import StopRequest
 # Keys that change where a run lives or how often it speaks, but not one bit of its result; and `on_oom`, so that a run
 # which ran out of memory can go on with `split`: what that does is in the checkpoint (`Progress.rows`).
 FREE_KEYS = frozenset(
-    "model.path model.revision model.keep_quantized data.train data.eval memory.budget memory.placement "
-    "memory.resident_blocks memory.host_blocks memory.embeddings memory.gradient_checkpointing "
+    "model.path model.revision model.keep_quantized adapter.start_from data.train data.eval memory.budget "
+    "memory.placement memory.resident_blocks memory.host_blocks memory.embeddings memory.gradient_checkpointing "
     "memory.activation_offload memory.keep_dequantized memory.micro_batches_together memory.on_oom train.eval_every "
     "train.save_every train.keep_checkpoints train.trackers train.device output".split()
 )
@@ -125,7 +128,9 @@ def assemble(
     recipe: Recipe, base: Base, train_examples: list[Example], eval_examples: list[Example], stop: StopRequest
 ) -> Run:
     """A run on a loaded base and tokenized data; tools and proofs call it with data of their own making."""
-    dropout_seed = inject(base, recipe.adapter, recipe.train.seed)
+    adapter = recipe.adapter
+    fresh = adapter.start_from is None
+    dropout_seed = inject(base, adapter, recipe.train.seed) if fresh else continue_adapter(base, adapter)
     _attach(base, recipe, dropout_seed)
     parameters = dict(trainable_parameters(base))
     settings = recipe.train
@@ -246,4 +251,6 @@ def run_identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[st
         for key, value in part.items()
     }
     kept = {key: value for key, value in keys.items() if key not in FREE_KEYS}
+    if recipe.adapter.start_from is not None:
+        kept["adapter.start_from (its tensors)"] = files.sha256(Path(recipe.adapter.start_from) / WEIGHTS)
     return kept | {"base": base.fingerprint, "training data (as tokenized)": digest.hexdigest()[:32]}

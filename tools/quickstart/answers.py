@@ -21,7 +21,7 @@ def main(model: str, requests_file: str, answers_file: str, out: str, adapter: s
     from qlora_kit.base.device import pick_device
     from qlora_kit.base.loader import load_base
     from qlora_kit.data.tokenize import load_tokenizer
-    from qlora_kit.generation import generate
+    from qlora_kit.generation import Sampling, generate
     from qlora_kit.recipe import Model
 
     requests = scored_requests(Path(requests_file), Path(answers_file))
@@ -30,7 +30,7 @@ def main(model: str, requests_file: str, answers_file: str, out: str, adapter: s
         load_adapter(base, Path(adapter))
     messages = [request.messages for request in requests]
     tokenizer = load_tokenizer(Path(model))
-    answers = list(generate(base, tokenizer, messages, max_new_tokens=MAX_NEW_TOKENS, batch=BATCH))
+    answers = list(generate(base, tokenizer, messages, Sampling(MAX_NEW_TOKENS), batch=BATCH))
     files.write_json(Path(out), {"ids": [request.id for request in requests], "answers": answers})
 
 

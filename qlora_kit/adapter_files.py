@@ -1,0 +1,139 @@
+"""What an adapter folder says of itself: PEFT's adapter_config.json, and names and shapes of its tensors.
+
+Why: `plan` and `train` must know an adapter that a recipe starts from before anything heavy is loaded, and the readers
+of its tensors (`adapters.store`) must take its scales by the same rules.
+How: `read_config` refuses by field what would change the product and is not built here; `scale_of` is PEFT's rule;
+`trainable` says what of an adapter a recipe can take over. Imports no torch. Imported by recipe, adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.errors import ModelError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+HEADER_BYTES_LIMIT = 100 << 20  # safetensors' own
+# PEFT's switches that change the product in a way that is not built here, each with the values that leave it alone.
+OFF: dict[str, tuple[Any, ...]] = {
+    "lora_bias": (False, None),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+}
+# Initialisations that also change the base's weights; PEFT repeats the change when it loads such an adapter.
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder that also holds the tensors.
+
+    Raises: ModelError: no adapter there, not LoRA, or of a kind that is not built here; names file and field.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: no {CONFIG}: this is not an adapter folder") from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise ModelError(f"{path}: cannot read: {problem}") from problem
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise ModelError(f"{path}: peft_type: only LORA is supported, found {kind!r}")
+    for key, allowed in OFF.items():
+        if key in config and config[key] not in allowed:
+            raise ModelError(f"{path}: {key}: adapters with it are not supported, found {config[key]!r:.80}")
+    init = str(config.get("init_lora_weights", "")).lower()
+    if init.startswith(BASE_CHANGING):
+        raise ModelError(
+            f"{path}: init_lora_weights: {init!r:.80} also changes the base's weights; save the adapter again as plain "
+            "LoRA (peft: save_pretrained(path_initial_model_for_weight_conversion=...))"
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise ModelError(f"{folder}: no {WEIGHTS}; pickled adapters (.bin) are not loaded, since they can run code")
+    return config
+
+
+def number(fields: Mapping[str, Any], key: str, default: float, folder: Path) -> float:
+    """A field that is a number from 0 to 1e9; null counts as absent. Raises: ModelError: it is something else."""
+    value = default if fields.get(key) is None else fields[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+        raise ModelError(f"{folder / CONFIG}: {key}: a number from 0 expected, found {value!r:.80}")
+    return float(value)
+
+
+def scale_of(config: Mapping[str, Any], module: str, rank: int, folder: Path) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
+    alpha = number(config, "lora_alpha", 8, folder)
+    patterns = config.get("alpha_pattern") or {}
+    for pattern in patterns:
+        if _pattern_matches(pattern, module, folder):
+            alpha = number(patterns, pattern, alpha, folder)
+            break
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _pattern_matches(pattern: str, module: str, folder: Path) -> bool:
+    """PEFT's rule for `alpha_pattern`: the end of the name, at a dot."""
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except re.error as problem:
+        raise ModelError(f"{folder / CONFIG}: alpha_pattern: {pattern!r:.80}: {problem}") from problem
+
+
+def trainable(folder: Path) -> dict[str, Any]:
+    """What a recipe that starts from an adapter takes over: `rank` (the largest), `alpha`, `dropout`, `target_modules`.
+
+    Raises: ModelError: no LoRA adapter there, or it holds what is not trained here.
+    """
+    config, ranks = read_config(folder), {}
+    for key, shape in tensor_shapes(folder).items():
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+\.\d+\..+)\.lora_([AB])\.weight", key)
+        if match is None or config.get("use_dora"):
+            what = "a DoRA adapter" if config.get("use_dora") else f"tensor {key!r}"
+            raise ModelError(
+                f"{folder}: {what} cannot be trained here, only LoRA on the linears of the decoder blocks; "
+                "this adapter runs (generate, eval) and merges"
+            )
+        if match[2] == "A":
+            ranks[match[1]] = shape[0]
+    if not ranks:
+        raise ModelError(f"{folder / WEIGHTS}: holds no lora_A: the adapter is empty")
+    return {
+        "rank": max(ranks.values()),
+        "alpha": number(config, "lora_alpha", 8, folder),
+        "dropout": number(config, "lora_dropout", 0.0, folder),
+        "target_modules": _targets(list(ranks)),
+    }
+
+
+def _targets(linears: list[str]) -> list[str]:
+    """The shortest list of names that selects these linears: without the block's number where every block is alike."""
+    by_block: dict[str, list[str]] = {}
+    for linear in linears:
+        block, name = re.fullmatch(r"(.+?\.\d+)\.(.+)", linear).groups()  # type: ignore[union-attr]
+        by_block.setdefault(block, []).append(name)
+    alike = {frozenset(names) for names in by_block.values()}
+    return sorted(alike.pop()) if len(alike) == 1 else sorted(linears)
+
+
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name -> shape of the tensors of an adapter, from the file's header. Raises: ModelError: there is none."""
+    path = folder / WEIGHTS
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = dict(json.loads(file.read(size) if size <= HEADER_BYTES_LIMIT else "null"))
+        return {key: [*entry["shape"]] for key, entry in header.items() if key != "__metadata__"}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as problem:
+        raise ModelError(f"{path}: not a safetensors file: {problem}") from None

@@ -1,0 +1,91 @@
+"""Tensors outside the linears of the blocks, as active adapters have them: put in the base's place, and back.
+
+How: an adapter's `TensorUpdate`s are applied once, when it is chosen, to the base's tensor in fp32 and rounded to its
+dtype; the model then holds the result where it held the base's (a parameter, the bias of a linear, or the table that a
+fetched embedding or head reads from, which then lives in host memory). The base's own are kept aside and come back.
+Memory: a changed tensor is there twice. Imported by: adapters.inject.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.adapters.updates import TensorUpdate
+from qlora_kit.base.linear import FrozenLinear
+from qlora_kit.base.loader import Base
+from qlora_kit.base.vocabulary import FetchedEmbedding, FetchedHead, Table
+from qlora_kit.errors import ModelError
+
+
+def put_tensors(base: Base, names: Sequence[str]) -> None:
+    """Give the model its tensors as these adapters have them.
+
+    Raises: ModelError: two of the adapters have different values for a tensor, which cannot be added up.
+    """
+    wanted: dict[str, list[TensorUpdate]] = {}
+    for name in names:
+        for tensor, update in base.updates.get(name, {}).items():
+            wanted.setdefault(tensor, []).append(update)
+    for tensor, updates in wanted.items():
+        if len(updates) > 1 and not all(_adds(update) for update in updates):
+            raise ModelError(f"{tensor}: more than one of the adapters {list(names)} replaces it; choose one of them")
+    while base.replaced:
+        _set(base.model, *base.replaced.popitem())
+    base.replaced.update({tensor: _get(base.model, tensor) for tensor in wanted})
+    for tensor, updates in wanted.items():
+        _set(base.model, tensor, _updated(base.replaced[tensor], updates))
+
+
+def _adds(update: TensorUpdate) -> bool:
+    """Whether an update is a plain LoRA branch, so that it can be added to others."""
+    branch = update.branch
+    return update.value is None and update.listed is None and branch is not None and branch.magnitude is None
+
+
+def _updated(original: Any, updates: Sequence[TensorUpdate]) -> Any:
+    """What stands for `original`, of the same kind, dtype and device."""
+    if isinstance(original, Table):
+        whole = original if original.host is not None else original.on_host()
+        assert whole.host is not None
+        host = _applied(whole.host, updates)
+        host = host if host.device == original.device or host.is_pinned() else _pinned(host, original.device)
+        return replace(original, host=host, entry=replace(original.entry, shape=tuple(host.shape)))
+    value = _applied(original.detach(), updates)
+    return nn.Parameter(value, requires_grad=False) if isinstance(original, nn.Parameter) else value
+
+
+def _applied(value: Tensor, updates: Sequence[TensorUpdate]) -> Tensor:
+    new = value.to(torch.float32, copy=True)
+    for update in updates:
+        new = update.apply(new)
+    return new.to(value.dtype)
+
+
+def _pinned(host: Tensor, device: torch.device) -> Tensor:
+    return host.pin_memory() if device.type != "cpu" else host
+
+
+def _get(model: Any, name: str) -> Any:
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    return module.table if isinstance(module, FetchedEmbedding | FetchedHead) else getattr(module, leaf)
+
+
+def _set(model: Any, name: str, value: Any) -> None:
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if isinstance(module, FetchedEmbedding | FetchedHead):
+        module.fetch_from(value)
+    elif isinstance(module, FrozenLinear):
+        module.register_buffer(leaf, value)
+    else:
+        setattr(module, leaf, value)
+        if isinstance(module, nn.Embedding):
+            module.num_embeddings = len(value)
+        elif isinstance(module, nn.Linear):
+            module.out_features = len(value)

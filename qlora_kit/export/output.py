@@ -1,0 +1,310 @@
+"""The merged model's folder: written aside shard by shard, continued after a kill, whole or not there.
+
+    .OUT.merging/           beside the output, locked while somebody writes
+        journal.json        digest of the inputs; sha256 of every shard that is done
+        model/              becomes OUT by one rename, after the report is in it
+
+Why a journal: a shard counts only when the inputs are the same and its bytes still have their hash, so a run that goes
+on gives the bytes of one that was never stopped. How: threads read, add and round tiles; one hashes and writes them in
+order, while the disk is told early to write.
+Imported by: merge, choose.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qlora_kit import files
+from qlora_kit.base.companions import carry
+from qlora_kit.base.quantize_model import SHARD_BYTES, shard_names
+from qlora_kit.base.shards import DTYPE_NAMES, bytes_of
+from qlora_kit.console import note, progress
+from qlora_kit.errors import DiskError, ModelError, NonFiniteError
+
+if TYPE_CHECKING:
+    from qlora_kit.export.merge import Merge, MergedShards
+
+REPORT = "merge_report.json"
+THREADS = min(8, os.cpu_count() or 1)
+FLUSH_BYTES = 64 << 20  # written, and not yet asked of the disk
+Check = Callable[[Path], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was merged, written as `merge_report.json`.
+
+    Attributes:
+        inputs: digest of base, adapter and settings.
+        evidence: what the choice of the weights to merge onto rests on; see `choose`.
+        proof: what the check found; None: not asked for.
+        sha256: of every other file of the folder.
+    """
+
+    base: str
+    adapter: str
+    onto: str
+    dtype: str
+    merged_tensors: int
+    copied_tensors: int
+    bytes_written: int
+    base_fingerprint: str
+    inputs: str
+    evidence: dict[str, Any] | None
+    proof: dict[str, Any] | None
+    sha256: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def write_merged(merge: Merge, out: Path, check: Check | None = None) -> MergeReport:
+    """Write the merged model to the folder `out`, which may be there if it is empty or an older merge.
+
+    Args:
+        check: looks at the whole folder before it gets its name; what it returns becomes the report's `proof`.
+    Raises: DiskError: `out` holds something else, or too little space; what was done is kept aside, and the same
+        command goes on with it. NonFiniteError: a value is outside the output dtype. What `check` raises. In these two
+        cases nothing is left.
+    """
+    require_apart(out, merge.base.folder, merge.adapter)
+    require_replaceable(out)
+    with _work_folder(out) as folder:
+        if (report := _already_there(out, merge, check)) is not None:
+            shutil.rmtree(folder)
+            return report
+        work = _Work(folder, merge.digest)
+        try:
+            digests = _write_shards(work, merge)
+            _write_companions(work.model, merge)
+            report = _report(merge, work.model, digests, check(work.model) if check else None)
+            files.write_json(work.model / REPORT, report.to_json())
+        except (NonFiniteError, ModelError):
+            work.clear()
+            raise
+        work.publish(out)
+    return report
+
+
+def require_apart(out: Path, base: Path, adapter: Path) -> None:
+    """Raises: DiskError: `out` is, or lies in, the base's or the adapter's folder, or holds one of them."""
+    inside = (out.resolve(), *out.resolve().parents)
+    for folder in (base.resolve(), adapter.resolve()):
+        if folder in inside or out.resolve() in folder.parents:
+            raise DiskError(f"{out}: lies in the base's or the adapter's folder, or around it; choose another --out")
+
+
+def require_replaceable(out: Path) -> None:
+    """Raises: DiskError: `out` is there and neither empty nor a merge that nobody added a file to."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DiskError(f"{out}: is a file; choose another --out")
+    found = {path.name for path in out.iterdir()}
+    ours = set(_stored_report(out).get("sha256", {})) | {REPORT}
+    if found and not (REPORT in found and found <= ours):
+        other = min(found - ours, default=min(found))
+        raise DiskError(f"{out}: already exists and holds {other!r}, not a merge's; choose another --out, or remove it")
+
+
+def _stored_report(out: Path) -> dict[str, Any]:
+    """The report in a folder; empty if there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        stored = json.loads((out / REPORT).read_text())
+        if isinstance(stored, dict) and isinstance(stored.get("sha256"), dict):
+            return stored
+    return {}
+
+
+def _already_there(out: Path, merge: Merge, check: Check | None) -> MergeReport | None:
+    """The report of `out`, if it is this very merge and every file still has its hash; checked now if never before."""
+    stored = _stored_report(out)
+    if stored.get("inputs") != merge.digest:
+        return None
+    for name, digest in stored["sha256"].items():
+        if not (out / name).is_file() or files.sha256(out / name) != digest:
+            return None
+    try:
+        report = MergeReport(**stored)
+    except TypeError:  # of another version
+        return None
+    if check is not None and report.proof is None:
+        report = MergeReport(**(stored | {"proof": check(out)}))
+        files.write_json(out / REPORT, report.to_json())
+    note(f"{out}: this merge is already there, and whole")
+    return report
+
+
+# ------------------------------------------------------------------------------------------------ the folder aside
+
+
+class _Work:
+    """The folder beside the output.
+
+    Attributes:
+        done: sha256 of every finished shard.
+    """
+
+    def __init__(self, folder: Path, digest: str) -> None:
+        self.folder, self.model, self._journal = folder, folder / "model", folder / "journal.json"
+        self._digest = digest
+        self.model.mkdir(exist_ok=True)
+        files.sweep(self.folder)
+        files.sweep(self.model)
+        self.done = self._finished_shards()
+        for path in self.model.iterdir():
+            if path.name not in self.done:
+                path.unlink()
+
+    def _finished_shards(self) -> dict[str, str]:
+        try:
+            journal = json.loads(self._journal.read_text())
+            if journal["inputs"] != self._digest:
+                return {}
+            shards = dict(journal["shards"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return {}
+        whole = {name: self.model / name for name in shards if (self.model / name).is_file()}
+        return {name: shards[name] for name, path in whole.items() if files.sha256(path) == shards[name]}
+
+    def finish(self, shard: str, digest: str) -> None:
+        """Note that a shard is on the disk."""
+        self.done[shard] = digest
+        files.write_json(self._journal, {"inputs": self._digest, "shards": self.done})
+
+    def publish(self, out: Path) -> None:
+        """Give the model its name; an older merge under it goes."""
+        files.replace_folder(self.model, out, self.folder / "old")
+        self.clear()
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+@contextlib.contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """The folder beside `out`, for one process. Raises: LockedError: another has it. DiskError: the disk refuses."""
+    folder = out.with_name(f".{out.name}.merging")
+    with files.lock(folder):
+        yield folder
+
+
+# ------------------------------------------------------------------------------------------------ its files
+
+
+def _by_shard(shards: MergedShards, quantized: bool) -> dict[str, list[str]]:
+    """Tensors by output file: the base's own files, or new ones of 5 GB where the base's hold 4 bits a weight."""
+    if not quantized:
+        kept: dict[str, list[str]] = {}
+        for name, entry in shards.entries.items():
+            kept.setdefault(entry.path.name, []).append(name)
+        return kept
+    groups: list[list[str]] = [[]]
+    group_bytes = 0
+    for name, entry in shards.entries.items():
+        if groups[-1] and group_bytes + entry.size_bytes > SHARD_BYTES:
+            groups.append([])
+            group_bytes = 0
+        groups[-1].append(name)
+        group_bytes += entry.size_bytes
+    return dict(zip(shard_names(len(groups)), groups))
+
+
+def _write_shards(work: _Work, merge: Merge) -> dict[str, str]:
+    """All shards and their index; sha256 of each shard."""
+    shards = merge.shards
+    by_shard = _by_shard(shards, merge.base.packed is not None)
+    sizes = {shard: sum(shards.entries[name].size_bytes for name in names) for shard, names in by_shard.items()}
+    missing = [shard for shard in by_shard if shard not in work.done]
+    files.require_free_space(work.folder, sum(sizes[shard] for shard in missing), "the merged model")
+    if work.done:
+        note(f"going on after a stop: {len(work.done)} of {len(by_shard)} files are done")
+    with progress("merging", sum(sizes.values())) as advance:
+        for shard, names in by_shard.items():
+            if shard in missing:
+                work.finish(shard, write_shard(work.model / shard, shards, names))
+            advance(sizes[shard], shard)
+    if len(by_shard) > 1:
+        weight_map = {name: shard for shard, names in by_shard.items() for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        files.write_json(work.model / "model.safetensors.index.json", index)
+    return {shard: work.done[shard] for shard in by_shard}
+
+
+def write_shard(path: Path, shards: MergedShards, names: list[str]) -> str:
+    """One safetensors file, durably; its sha256."""
+    entries = [(name, shards.entries[name]) for name in names]
+    header = files.safetensors_header(
+        ((name, DTYPE_NAMES[entry.dtype], entry.shape, entry.size_bytes) for name, entry in entries), {"format": "pt"}
+    )
+    digest = hashlib.sha256(header)
+    tiles = (tile for name in names for tile in shards.tiles(name))
+    with files.atomic_file(path) as file, files.early_flush(file, FLUSH_BYTES) as flush:
+        file.write(header)
+        for tile in in_order(tiles):
+            data = bytes_of(tile.view(torch.uint8))
+            digest.update(data)
+            file.write(data)
+            flush(len(data))
+    return digest.hexdigest()
+
+
+def in_order(jobs: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
+    """Results of `jobs` in their order; some are computed ahead, each in a thread of its own."""
+    threads_before = torch.get_num_threads()
+    waiting: collections.deque[Future[Tensor]] = collections.deque()
+    torch.set_num_threads(1)  # in each thread: tiles are the unit of parallel work
+    try:
+        with ThreadPoolExecutor(THREADS, initializer=partial(torch.set_num_threads, 1)) as pool:
+            for job in jobs:
+                waiting.append(pool.submit(job))
+                if len(waiting) > 2 * THREADS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def _write_companions(folder: Path, merge: Merge) -> None:
+    """Tokenizer and its kin as they are; the config with the new dtype and without a trace of quantization."""
+    dropped = ("quantization_config", "torch_dtype")
+    kept = {key: value for key, value in merge.base.config.items() if key not in dropped} | merge.layout.config
+    files.write_json(folder / "config.json", kept | {"dtype": str(merge.dtype).removeprefix("torch.")})
+    carry(merge.base.folder, folder)
+    if "vocab_size" in merge.layout.config:  # the added tokens are known to the tokenizer beside the adapter
+        carry(merge.adapter, folder)
+
+
+def _report(merge: Merge, folder: Path, digests: dict[str, str], proof: dict[str, Any] | None) -> MergeReport:
+    entries = merge.shards.entries
+    merged = sum(merge.update(name) is not None for name in entries)
+    others = {path.name: files.sha256(path) for path in folder.iterdir() if path.name not in digests}
+    return MergeReport(
+        base=str(merge.base.folder),
+        adapter=str(merge.adapter),
+        onto=merge.onto,
+        dtype=str(merge.dtype).removeprefix("torch."),
+        merged_tensors=merged,
+        copied_tensors=len(entries) - merged,
+        bytes_written=sum(entry.size_bytes for entry in entries.values()),
+        base_fingerprint=merge.fingerprint,
+        inputs=merge.digest,
+        evidence=merge.evidence,
+        proof=proof,
+        sha256=dict(sorted((digests | others).items())),
+    )

@@ -1,0 +1,60 @@
+"""A merge's report as a short table for people. Imported by: the `merge` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from qlora_kit.console import stdout
+from qlora_kit.export.output import MergeReport
+from qlora_kit.units import format_bytes
+
+
+def merge_table(report: MergeReport, out: Path) -> None:
+    """Print what was merged, on what grounds, and what the proof found."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for row in _rows(report, out):
+        table.add_row(*row)
+    stdout.print(table)
+
+
+def _rows(report: MergeReport, out: Path) -> list[tuple[str, str]]:
+    tensors = f"{report.merged_tensors} tensors merged onto the {report.onto} weights, {report.copied_tensors} copied"
+    rows = [("merged", f"{out}: {format_bytes(report.bytes_written)} {report.dtype}, {tensors}")]
+    if report.evidence is not None:
+        rows += _evidence_rows(report.evidence["median"], report.dtype)
+    if report.proof is not None:
+        rows += _proof_rows(report.proof)
+    return rows
+
+
+def _evidence_rows(median: dict[str, float | None], dtype: str) -> list[tuple[str, str]]:
+    rows = []
+    if median["quantization_error"] is not None:
+        rows.append(("4-bit error", f"{median['quantization_error']:.3g} x the update's norm (median tensor)"))
+    if median["rounding_error"] is not None:
+        lost = f"{median['rounding_error']:.2%} of the update's norm"
+        rows.append((f"rounding to {dtype}", f"{lost}; {median['unchanged']:.1%} of the weights stay the base's"))
+    return rows
+
+
+def _proof_rows(proof: dict[str, Any]) -> list[tuple[str, str]]:
+    rows, choice, distance = [], proof["choice"], proof["distance"]
+    if choice is not None:
+        for onto in ("dequantized", "original"):
+            found = choice[onto]
+            agree = f"KL {found['kl']:.5f}, same top token {found['top1']:.2%} against the trained model"
+            rows.append((f"onto {onto}", f"loss {found['loss']:.4f}, {agree}"))
+        rows.append(("chosen", f"{choice['onto']}: {choice['why']}"))
+    rows.append(
+        ("tensors", f"{proof['changed']} changed as the adapter says, {proof['unchanged']} bit for bit the base's")
+    )
+    losses = (
+        f"loss {proof['merged_loss']:.4f}, live adapter model {proof['live_loss']:.4f} ({proof['tokens']:,} tokens)"
+    )
+    rows.append(("reloaded", losses))
+    agree = f"KL {distance['kl']:.5f} nats per token, same top token {distance['top1']:.2%}"
+    rows.append(("logits", f"{agree}, largest difference {distance['max_logit']:.3g} ({distance['tokens']:,} tokens)"))
+    return rows
