@@ -42,13 +42,11 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "data.packing": (True, False),
     "train.micro_batch": (1, 2, 4),
     "train.grad_accumulation": (1, 2),
-    "train.optimizer": ("paged_adamw_8bit", "adamw_8bit", "adamw", "paged_adamw_32bit"),
     "train.master_weights": (True, False),
     "adapter.rank": (8, 16, 64),
     "adapter.dtype": ("bfloat16", "bfloat16", "float32"),
     "adapter.target_modules": ("all-linear", "all-linear", "attention"),
-    "model.double_quant": (True, True, False),
-    "memory.gradient_checkpointing": (True, True, False, 2),
+    "memory.gradient_checkpointing": (True, True, False, 1),
     "memory.activation_offload": (False, "host"),
     "memory.keep_dequantized": (False, True),
     "memory.mlp_tile_tokens": ("auto", "full"),
@@ -59,13 +57,16 @@ HALVES: dict[str, dict[str, tuple[Any, ...]]] = {
     "simulated": SWITCHES
     | {
         "data.seq_len": (512, 1024, 2048, 4096),
+        "train.optimizer": ("paged_adamw_8bit", "adamw_8bit", "adamw", "paged_adamw_32bit"),
+        "model.double_quant": (True, True, False),
         "model.quantization": ("nf4", "nf4", "nf4", "none"),
         "memory.placement": ("device", "host", "disk"),
-        "memory.embeddings": ("device", "host"),
+        "memory.embeddings": ("device", "host", "disk"),
     },
     "cpu": SWITCHES
-    | {
+    | {  # a CPU pages nothing, and `random_base` writes double quantization only
         "data.seq_len": (128, 256, 384),
+        "train.optimizer": ("adamw_8bit", "adamw", "adamw_32bit"),
         "model.quantization": ("nf4", "nf4", "nf4", "none"),
         "memory.placement": ("device", "disk"),
         "memory.embeddings": ("device", "disk"),
@@ -93,7 +94,7 @@ MODELS: dict[str, tuple[tuple[tuple[str, int | None], ...], int]] = {
     "cpu": (
         (
             ("llama-3.2-1b", 2),
-            ("mistral-7b-v0.1", 1),
+            ("mistral-7b-v0.1", 2),
             ("qwen2.5-0.5b", 3),
             ("qwen3-0.6b", 3),
             ("gemma-2-2b", 2),
@@ -103,7 +104,7 @@ MODELS: dict[str, tuple[tuple[tuple[str, int | None], ...], int]] = {
             ("pythia-410m", 4),
             ("olmo-2-1b", 2),
             ("smollm2-360m", 3),
-            ("gpt2-xl", 2),
+            ("gpt2-xl", 3),
         ),
         2,
     ),
