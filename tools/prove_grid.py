@@ -4,9 +4,9 @@
     python -m tools.prove_grid --dir D --half cpu  one of them
 
 Why: a formula that holds for the recipes at hand may be wrong for the next one. How: two halves. `simulated`: models of
-the catalogue at their real widths, as `plan --simulate` runs them, on a device without a limit. `cpu`: small models with
-real numbers, as `profile` follows them (checkpoints are made in D and kept). Depth is cut to some blocks where it adds
-nothing but time. Each switch runs through its values in an order of its own, so that every value meets many of the
+the catalogue at their real widths, as `plan --simulate` runs them, with a budget that is never met. `cpu`: small ones
+with real numbers, as `profile` follows them (checkpoints are made in D and kept). Depth is cut to some blocks where it
+adds nothing but time. Each switch runs through its values in an order of its own, so that every value meets many of the
 others', and every architecture is there. The tests check what the grid covers. Imported by: tests.
 """
 
@@ -18,7 +18,7 @@ import random
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -247,12 +247,7 @@ def main() -> int:
     options = parser.parse_args()
     points = list(measured_points(options.half or list(HALVES), options.dir))
     if options.json:
-        found = [
-            {"model": point.model, "layers": point.layers, "values": point.values, "planned": point.planned}
-            | {"half": point.half, "measured": point.measured, "error": point.error}
-            for point in points
-        ]
-        print(json.dumps({"points": found}, indent=2))
+        print(json.dumps({"points": [asdict(point) | {"error": point.error} for point in points]}, indent=2))
         return 0
     print("\n".join([*summary(points), "", *rows(points)]))
     return 0

@@ -184,8 +184,8 @@ def _mlp_gradients(shapes: ModelShapes, recipe: Recipe) -> int:
     The gradient of the output is not counted: it is there for as long as the block's backward runs.
     The activation function: gradients of the MLP's product and of both its factors are alive, while the product itself
     has been released, if it was kept; net, a token, the outputs of `mlp_in` in `model.dtype`, and the MLP's width once
-    more where it was not, or where the function is composed of small steps. With several tiles, the gradient of the whole input, that of the tile before,
-    and the sums of the trained matrices in fp32 beside those of the tile before.
+    more where it was not, or where the function is composed of small steps. With several tiles, the gradient of the
+    whole input, that of the tile before, and the sums of the trained matrices in fp32 beside those of the tile before.
     An RMS norm over the MLP's output.
     """
     row, in_tile = shapes.architecture, tile_tokens(recipe) * value_bytes(recipe)

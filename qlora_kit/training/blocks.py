@@ -125,7 +125,7 @@ class BlockRunner:
         self._run_tokens_apart()
 
     def reserve(self) -> None:
-        """Take what backward will need of the workspace now, so that the first step's loss meets it as later ones do."""
+        """Take what backward will need of the workspace now: the first step's loss is to meet it as later ones do."""
         workspace = self._linears[0].workspace
         if self.recomputes and self.settings.keep_dequantized and workspace is not None and self._dense_bytes:
             workspace.reserve(self._dense_bytes, self.base.device)
