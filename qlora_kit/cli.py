@@ -12,8 +12,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from qlora_kit import __version__, export_command, model_commands
-from qlora_kit.commands import not_built, plan_recipe, require_fit, write_profile
+from qlora_kit import __version__, adapter_command, export_command, model_commands
+from qlora_kit.commands import plan_recipe, require_fit, write_profile
 from qlora_kit.errors import DiskError, QLoRAKitError, RecipeError, nearest
 from qlora_kit.options import AsJson, Overrides, print_json
 
@@ -27,9 +27,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 recipes_app = typer.Typer(help="The prepared recipes, each with what it takes; without a command, `list`.")
-adapter_app = typer.Typer(help="Look at adapters and combine them.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
-app.add_typer(adapter_app, name="adapter")
+app.add_typer(adapter_command.app, name="adapter")
 app.add_typer(export_command.export_app, name="export")
 
 STACKS = ("kit", "peft", "peft-liger", "litgpt")
@@ -186,23 +185,6 @@ app.command()(model_commands.generate)
 app.command()(model_commands.chat)
 app.command()(model_commands.merge)
 app.command()(model_commands.quantize)
-
-
-@adapter_app.command("show")
-def adapter_show(adapter: Annotated[Path, typer.Argument(metavar="ADAPTER")], as_json: AsJson = False) -> None:
-    """Ranks, norms and singular values of an adapter. Not built yet."""
-    not_built("adapter show")
-
-
-@adapter_app.command("compose")
-def adapter_compose(
-    adapters: Annotated[list[Path], typer.Argument(metavar="A B...")],
-    out: Annotated[Path, typer.Option(help="New folder for the composed adapter.")],
-    weights: Annotated[str, typer.Option(help="Comma-separated, such as 0.7,0.3.")] = "",
-    method: Annotated[str, typer.Option(help="linear | cat | svd")] = "linear",
-) -> None:
-    """Combine adapters of one base. Not built yet."""
-    not_built("adapter compose")
 
 
 # ------------------------------------------------------------------------------------------------ recipes and machine

@@ -7,9 +7,8 @@ Heavy imports stand inside the functions, so that `plan` and `--help` never impo
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from qlora_kit import __version__
 from qlora_kit.errors import BudgetError, RecipeError
 
 if TYPE_CHECKING:
@@ -21,11 +20,6 @@ if TYPE_CHECKING:
     from qlora_kit.planning.shapes import ModelShapes
     from qlora_kit.profiling.profiler import Profile
     from qlora_kit.recipe import Model, Recipe
-
-
-def not_built(command: str) -> NoReturn:
-    """Raises: RecipeError: always; says so before anything is done."""
-    raise RecipeError(f"{command} is not built yet in version {__version__}; nothing was done")
 
 
 def is_recipe(target: str) -> bool:

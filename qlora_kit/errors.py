@@ -5,7 +5,7 @@ A message says what was found, where (file:line:field, or tensor), what was expe
 A caller's bug stays a `ValueError`. Imported by everything; imports nothing.
 
     QLoRAKitError
-      RecipeError        2   recipe, command line, a command that is not built yet
+      RecipeError        2   recipe, command line
       DataError          3   training or evaluation data, chat template, labels
       ModelError         4   base model or adapter: missing tensor, wrong shape, other base
       DiskError          5   no space, not writable, vanished

@@ -30,7 +30,7 @@ ORDER = (
     ("training", "generation", "export"),
     ("profiling", "chat"),
     ("doctor", "selftest", "commands", "options"),
-    ("model_commands", "plan_command", "export_command"),
+    ("model_commands", "plan_command", "export_command", "adapter_command"),
     ("cli",),
     ("__main__",),
 )
@@ -39,7 +39,7 @@ RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}
 LIGHT_PARTS = {"", "errors", "units", "files", "console", "pages", "architecture_parts", "architectures"}
 LIGHT_PARTS |= {"optimizers", "prepared", "recipe", "recipe_yaml", "adapter_files", "serving"}
 LIGHT_PARTS |= {"planning", "doctor", "commands", "options", "cli", "__main__"}
-LIGHT_PARTS |= {"model_commands", "plan_command", "export_command"}
+LIGHT_PARTS |= {"model_commands", "plan_command", "export_command", "adapter_command"}
 LIGHT_FILES = {f"data/{name}.py" for name in ("__init__", "formats", "templates", "tokenize", "packing", "lengths")}
 HEAVY = ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "tokenizers")
 
@@ -126,7 +126,7 @@ print(json.dumps([codes, guilty]))
 """
 WORDS = "plan train profile eval generate merge quantize adapter recipes doctor selftest".split()
 HELP = [["--help"], *([word, "--help"] for word in WORDS)]
-HELP += [[*pair.split(), "--help"] for pair in ("adapter show", "adapter compose")]
+HELP += [[*pair.split(), "--help"] for pair in ("adapter show", "adapter compose", "adapter resize")]
 HELP += [["recipes", word, "--help"] for word in ("list", "show", "copy")]
 
 

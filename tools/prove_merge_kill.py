@@ -95,6 +95,7 @@ def start(base: Path, adapter: Path, out: Path) -> subprocess.Popen[str]:
     )
     assert process.stdout is not None
     process.stdout.readline()
+    process.stdout.close()
     return process
 
 

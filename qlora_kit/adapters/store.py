@@ -68,27 +68,41 @@ def save_adapter(base: Base, folder: Path, name: str = DEFAULT, dtype: torch.dty
 
 
 def peft_config(base: Base, adapter: dict[str, LoRABranch]) -> dict[str, Any]:
-    """PEFT's description of an adapter. Ranks and scales that differ between linears go into its patterns."""
+    """PEFT's description of an adapter of `base`."""
     ranks = {linear: branch.lora_A.shape[0] for linear, branch in adapter.items()}
     alphas = {linear: branch.scale * ranks[linear] for linear, branch in adapter.items()}
-    rank, alpha = _most_common(ranks), _most_common(alphas)
     leaves = sorted({linear.rpartition(".")[2] for linear in adapter})
     everywhere = all(linear in adapter or linear.rpartition(".")[2] not in leaves for linear in base.linears())
     first = next(iter(adapter.values()))
+    return lora_config(ranks, alphas) | {
+        "base_model_name_or_path": base.settings.path,
+        "revision": base.settings.revision,
+        "lora_dropout": first.dropout_probability,
+        "target_modules": leaves if everywhere else sorted(adapter),
+        "fan_in_fan_out": base.architecture.transposed and base.settings.quantization == "none",
+    }
+
+
+def lora_config(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """PEFT's description of plain LoRA with these ranks and alphas by linear, without a word on base and targets.
+
+    What differs between linears goes into its patterns.
+    """
+    rank, alpha = _most_common(ranks), _most_common(alphas)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.settings.path,
-        "revision": base.settings.revision,
+        "base_model_name_or_path": None,
+        "revision": None,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": first.dropout_probability,
-        "target_modules": leaves if everywhere else sorted(adapter),
+        "lora_dropout": 0.0,
+        "target_modules": [],
         "rank_pattern": {re.escape(linear): r for linear, r in ranks.items() if r != rank},
         "alpha_pattern": {re.escape(linear): a for linear, a in alphas.items() if a != alpha},
         "bias": "none",
-        "fan_in_fan_out": base.architecture.transposed and base.settings.quantization == "none",
+        "fan_in_fan_out": False,
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": None,
@@ -96,7 +110,7 @@ def peft_config(base: Base, adapter: dict[str, LoRABranch]) -> dict[str, Any]:
     }
 
 
-def _most_common(values: dict[str, Any]) -> Any:
+def _most_common(values: Mapping[str, Any]) -> Any:
     counts = list(values.values())
     return max(dict.fromkeys(counts), key=counts.count)
 
