@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qlora_kit.adapters.resize import Cut
 
 app = typer.Typer(help="Look at adapters, combine them, make them smaller.", no_args_is_help=True)
+NOTABLE = 0.05  # relative error of a composition that is worth a note
 METHODS = ("linear", "cat", "svd", "ties", "dare")
 Out = Annotated[Path, typer.Option(help="New folder for the adapter that is made.")]
 
@@ -88,6 +89,7 @@ def compose(
     """
     how = _composition(len(adapters), weights, method, rank, density, seed)
     from qlora_kit.adapters import compose as work
+    from qlora_kit.console import note
 
     found = work.compose(adapters, how, out)
     if as_json:
@@ -96,6 +98,8 @@ def compose(
         return
     print("\n".join(_interference_table(found)))
     print(f"{out}: {method} of {len(adapters)} adapters")
+    if (error := work.ratio(work.together(found, "all")) or 0.0) > NOTABLE:
+        note(f"the composed update is {error:.0%} off the weighted sum; --method cat is exact")
 
 
 def _composition(count: int, weights: str, method: str, rank: int, density: float, seed: int) -> Composition:

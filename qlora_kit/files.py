@@ -148,6 +148,12 @@ def scratch_file(folder: Path) -> IO[bytes]:
         raise DiskError(f"{folder}: cannot write: {error.strerror or error}") from error
 
 
+def require_new(target: Path) -> None:
+    """Raises: DiskError: `target` exists."""
+    if target.exists():
+        raise DiskError(f"{target}: already exists; choose another folder or remove it")
+
+
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A folder that appears as `target` only when the block ends well; files inside are already durable.
@@ -156,8 +162,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     aside = target.with_name(f".{target.name}.{os.getpid()}{_ASIDE}")
     try:
-        if target.exists():
-            raise DiskError(f"{target}: already exists; choose another folder or remove it")
+        require_new(target)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside

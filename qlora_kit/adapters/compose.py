@@ -40,6 +40,7 @@ from qlora_kit.adapters.lora import mixed_seed
 from qlora_kit.adapters.store import PROVENANCE, provenance
 from qlora_kit.adapters.updates import StoredBranch
 from qlora_kit.errors import ModelError
+from qlora_kit.files import require_new
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def compose(folders: list[Path], how: Composition, out: Path) -> list[Interferen
     Raises: ModelError: the adapters are not of one base, more than LoRA, or of ranks that the method cannot add.
         DiskError: `out` exists, or the disk refuses.
     """
+    require_new(out)
     adapters = [open_adapter(folder) for folder in folders]
     for adapter in adapters:
         require_plain(adapter, "compose")

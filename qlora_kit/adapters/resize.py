@@ -24,6 +24,7 @@ from qlora_kit.adapters.factors import (
 )
 from qlora_kit.adapters.inspect import energy_rank
 from qlora_kit.adapters.updates import StoredBranch
+from qlora_kit.files import require_new
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def resize(folder: Path, out: Path, *, rank: int | None = None, energy: float = 
 
     Raises: ModelError: no adapter there, or more than LoRA. DiskError: `out` exists, or the disk refuses.
     """
+    require_new(out)
     adapter = open_adapter(folder)
     require_plain(adapter, "resize")
     alpha = max(before for before, *_ in adapter.shapes.values())

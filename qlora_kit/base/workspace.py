@@ -49,7 +49,7 @@ class Workspace:
         if key in self._held:
             return self._held[key]
         size_bytes = math.prod(shape) * dtype.itemsize
-        room = self._room(self._used_bytes + size_bytes, device)[self._used_bytes :][:size_bytes]
+        room = self.reserve(self._used_bytes + size_bytes, device)[self._used_bytes :][:size_bytes]
         weight = fill(room.view(dtype).view(shape))
         if self._holding:
             self._held[key] = weight
@@ -59,7 +59,7 @@ class Workspace:
     @contextlib.contextmanager
     def holding(self, capacity_bytes: int, device: torch.device) -> Iterator[None]:
         """Within the with-block each weight is made once and kept; there is room for `capacity_bytes` of them."""
-        self._room(capacity_bytes, device)
+        self.reserve(capacity_bytes, device)
         self._holding = True
         try:
             yield
@@ -67,7 +67,8 @@ class Workspace:
             self._held.clear()
             self._holding, self._used_bytes = False, 0
 
-    def _room(self, size_bytes: int, device: torch.device) -> Tensor:
+    def reserve(self, size_bytes: int, device: torch.device) -> Tensor:
+        """The room, uint8, at least `size_bytes` of it from now on."""
         if self._buffer is None or self._buffer.numel() < size_bytes or self._buffer.device != device:
             self._buffer = None  # before the larger one is asked for
             with owner("workspace"):

@@ -13,10 +13,14 @@ from qlora_kit.planning.shapes import ModelShapes
 from qlora_kit.recipe import Recipe
 
 
-def is_masked(shapes: ModelShapes, recipe: Recipe) -> bool:
-    """Whether fused attention needs a mask: packed documents, several sequences that may be padded, or a window."""
+def is_masked(shapes: ModelShapes, recipe: Recipe, masks_padding: bool = False) -> bool:
+    """Whether fused attention needs a mask: packed documents, or a window that is shorter than the sequence.
+
+    Args:
+        masks_padding: where several sequences are padded, too; this kit pads to the right and needs none.
+    """
     windowed = shapes.window is not None and recipe.data.seq_len > shapes.window
-    return recipe.data.packing or recipe.train.micro_batch > 1 or windowed
+    return recipe.data.packing or windowed or (masks_padding and recipe.train.micro_batch > 1)
 
 
 def _squares(recipe: Recipe) -> int:
@@ -74,7 +78,7 @@ def _attention_values(shapes: ModelShapes, recipe: Recipe) -> int:
     return 2 * query + key + (key if key > (produced - query) // 2 else produced)
 
 
-def score_bytes(shapes: ModelShapes, recipe: Recipe) -> int:
+def score_bytes(shapes: ModelShapes, recipe: Recipe, masks_padding: bool = False) -> int:
     """What attention keeps that grows with seq_len squared.
 
     Fused: the mask, turned into `model.dtype` to be added. Otherwise the capped scores of every head in `model.dtype`,
@@ -82,7 +86,7 @@ def score_bytes(shapes: ModelShapes, recipe: Recipe) -> int:
     """
     if shapes.architecture.eager_attention:
         return _squares(recipe) * shapes.heads * (2 * value_bytes(recipe) + FP32)
-    return _squares(recipe) * value_bytes(recipe) if is_masked(shapes, recipe) else 0
+    return _squares(recipe) * value_bytes(recipe) if is_masked(shapes, recipe, masks_padding) else 0
 
 
 def _norm_inputs(shapes: ModelShapes, of_heads: bool) -> int:
@@ -104,12 +108,19 @@ def _norm_inputs(shapes: ModelShapes, of_heads: bool) -> int:
     return widths[of_heads]
 
 
+def _has_branch(shapes: ModelShapes, recipe: Recipe, *names: str) -> bool:
+    """Whether one of these linears is targeted in some block: without a branch a linear keeps no input."""
+    return any(linear.name in names for block in selections(shapes, recipe) for linear in block)
+
+
 def attention_saved(shapes: ModelShapes, recipe: Recipe) -> int:
     """Bytes that autograd keeps of a block's attention: the input of q, k, v (a normed copy of the block's own), q, k
     and v, norms' inputs, the output, x A of each target (rank), in fp32 the log-sum-exp of each head; mask or scores.
     """
     row = shapes.architecture
-    values = row.pre_norm * shapes.hidden + shapes.linear(row.attention_out).in_features + _norm_inputs(shapes, True)
+    values = shapes.linear(row.attention_out).in_features + _norm_inputs(shapes, True)
+    if row.pre_norm and _has_branch(shapes, recipe, *row.attention_in):
+        values += shapes.hidden
     values += _attention_values(shapes, recipe) + _branch_values(shapes, recipe, mlp=False)
     log_sum_exp = 0 if row.eager_attention else FP32 * shapes.heads
     return tokens(recipe) * (values * value_bytes(recipe) + log_sum_exp) + score_bytes(shapes, recipe)
@@ -129,12 +140,14 @@ def _mlp_values(shapes: ModelShapes, recipe: Recipe) -> int:
     row, (experts, used) = shapes.architecture, shapes.experts
     inner = shapes.linear(row.mlp_out).in_features
     outputs = shapes.hidden if experts > 1 else 0
-    return used * ((row.mlp_saved + 1) * inner + _branch_values(shapes, recipe, mlp=True) + outputs)
+    kept = row.mlp_saved + _has_branch(shapes, recipe, row.mlp_out)
+    return used * (kept * inner + _branch_values(shapes, recipe, mlp=True) + outputs)
 
 
 def _around_mlp(shapes: ModelShapes, recipe: Recipe) -> int:
     """Bytes of the MLP's input and of the inputs of the norms around it."""
-    return tokens(recipe) * (shapes.hidden + _norm_inputs(shapes, False)) * value_bytes(recipe)
+    keeps_input = is_tiled(shapes, recipe) or _has_branch(shapes, recipe, *shapes.architecture.mlp_in)
+    return tokens(recipe) * (keeps_input * shapes.hidden + _norm_inputs(shapes, False)) * value_bytes(recipe)
 
 
 def block_saved(shapes: ModelShapes, recipe: Recipe) -> int:
@@ -170,14 +183,15 @@ def _mlp_gradients(shapes: ModelShapes, recipe: Recipe) -> int:
 
     The gradient of the output is not counted: it is there for as long as the block's backward runs.
     The activation function: gradients of the MLP's product and of both its factors are alive, while the product itself
-    has been released; net, a token, the outputs of `mlp_in` in `model.dtype`, and the MLP's width once more where the
-    function is composed of small steps. With several tiles, the gradient of the whole input, that of the tile before,
+    has been released, if it was kept; net, a token, the outputs of `mlp_in` in `model.dtype`, and the MLP's width once
+    more where it was not, or where the function is composed of small steps. With several tiles, the gradient of the whole input, that of the tile before,
     and the sums of the trained matrices in fp32 beside those of the tile before.
     An RMS norm over the MLP's output.
     """
     row, in_tile = shapes.architecture, tile_tokens(recipe) * value_bytes(recipe)
     inner = shapes.linear(row.mlp_out).in_features
     produced = sum(shapes.linear(name).out_features for name in row.mlp_in) + (inner if row.mlp_saved > 3 else 0)
+    produced += 0 if _has_branch(shapes, recipe, row.mlp_out) else inner
     if is_tiled(shapes, recipe):
         names = {*row.mlp_in, row.mlp_out}
         trained = max(

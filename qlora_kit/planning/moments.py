@@ -41,16 +41,18 @@ def training_moments(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) ->
     static = static_ledger(shapes, recipe, runtime_bytes)
     kept, recomputed = activations.kept_activations(shapes, recipe), recomputed_blocks(shapes, recipe)
     gradients = static["gradients"]
-    if at_once := together(recipe) == recipe.train.grad_accumulation:
+    at_once = together(recipe) == recipe.train.grad_accumulation
+    before = static | {"gradients": 0 if at_once else gradients}  # of the micro-batches that went before
+    if at_once:
         static |= {"gradients": gradients // shapes.layers}
     moments = {
-        "loss": static
+        "loss": before
         | {
             "activations": kept + components.around_head(shapes, recipe) + _waiting(shapes, recipe),
             "logits": components.logits(shapes, recipe),
             "workspace": static["workspace"] + components.head_slots(shapes, recipe),
         },
-        "final norm": static | {"activations": kept + _in_final_norm(shapes, recipe)},
+        "final norm": before | {"activations": kept + _in_final_norm(shapes, recipe)},
     }
     if recomputed < shapes.layers:
         moments["kept block backward"] = static | {"activations": activations.in_kept_backward(shapes, recipe)}

@@ -82,7 +82,7 @@ def attention_values(shapes: ModelShapes, repeated: bool) -> int:
 def attention_bytes(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> int:
     """What attention keeps: q, k, v and its output, and in fp32 the log-sum-exp of each head, or all scores."""
     repeated = shapes.model_type in stack.repeats_heads
-    repeated |= stack.masks and (is_masked(shapes, recipe) or shapes.architecture.eager_attention)
+    repeated |= stack.masks and (is_masked(shapes, recipe, masks_padding=True) or shapes.architecture.eager_attention)
     scores = recipe.data.seq_len * (FP32 + HALF) if stack.eager else FP32
     return HALF * attention_values(shapes, repeated) + scores * shapes.heads
 

@@ -199,7 +199,9 @@ def _normed_to_fp32(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> bool:
 
 def _scores(shapes: ModelShapes, recipe: Recipe, stack: Stack) -> int:
     """What attention keeps of one block that grows with seq_len squared: a mask, or scores where it is not fused."""
-    return score_bytes(shapes, recipe) if stack.masks or shapes.architecture.eager_attention else 0
+    if stack.masks or shapes.architecture.eager_attention:
+        return score_bytes(shapes, recipe, masks_padding=True)
+    return 0
 
 
 def _head_chunk(shapes: ModelShapes, count: int) -> int:

@@ -124,6 +124,12 @@ class BlockRunner:
         self._last: Any = None if row.output_norm else self.block.get_submodule(row.mlp_out)
         self._run_tokens_apart()
 
+    def reserve(self) -> None:
+        """Take what backward will need of the workspace now, so that the first step's loss meets it as later ones do."""
+        workspace = self._linears[0].workspace
+        if self.recomputes and self.settings.keep_dequantized and workspace is not None and self._dense_bytes:
+            workspace.reserve(self._dense_bytes, self.base.device)
+
     def _run_tokens_apart(self) -> None:
         """Put a `TokenWise` before the MLP, unless its output is needed in backward, and before each RMS norm."""
         row, settings = self.base.architecture, self.settings
@@ -230,6 +236,7 @@ def attach(base: Base, recomputed: int | bool = True, **settings: Any) -> None:
         if isinstance(block.__dict__.get("forward"), BlockRunner):
             del block.forward
         block.forward = BlockRunner(base, index, passage)
+        block.forward.reserve()
 
 
 def last_hidden_states(base: Base, batches: Sequence[Any], dropout_keys: Sequence[tuple[int, ...]]) -> list[Tensor]:
