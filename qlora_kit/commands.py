@@ -107,8 +107,21 @@ def model_folder(model: str) -> Path:
     return folder
 
 
-def load_model(model: str, adapters: list[str], quantization: str, any_base: bool, placement: str = "device") -> Base:
-    """The base in its own dtype, with every adapter of the list active; its blocks where `--placement` says."""
+def load_model(
+    model: str,
+    adapters: list[str],
+    quantization: str,
+    any_base: bool,
+    placement: str = "device",
+    *,
+    add_up: bool = True,
+) -> Base:
+    """The base in its own dtype, its blocks where `--placement` says.
+
+    Args:
+        adapters: loaded as `adapter-0` and so on.
+        add_up: make all of them active at once; else the last one is.
+    """
     from pydantic import ValidationError
 
     from qlora_kit.adapters.inject import activate
@@ -145,7 +158,8 @@ def load_model(model: str, adapters: list[str], quantization: str, any_base: boo
     names = [f"adapter-{index}" for index in range(len(adapters))]
     for name, adapter in zip(names, adapters):
         load_adapter(base, Path(adapter), name, any_base=any_base)
-    activate(base, names)
+    if add_up:
+        activate(base, names)
     return base
 
 

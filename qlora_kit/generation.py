@@ -1,16 +1,18 @@
-"""Text from a base with its active adapters: transformers' own generation over our frozen linears.
+"""Text from a base with its adapters: transformers' own generation over our frozen linears.
 
 Imported by: chat, the `generate` command, the quickstart.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from qlora_kit.adapters.inject import per_row
 from qlora_kit.base.loader import Base, held_weights
 from qlora_kit.console import progress
 from qlora_kit.data.tokenize import leading_bos, tokenizer_boundary
@@ -82,6 +84,7 @@ def generate(
     sampling: Sampling | None = None,
     *,
     batch: int = 8,
+    adapters: Sequence[str | None] | None = None,
 ) -> Iterator[str]:
     """The answer to each prompt, in order.
 
@@ -89,13 +92,18 @@ def generate(
         prompts: text, or messages with role and content.
         sampling: default: the most probable answer.
         batch: prompts that are decoded side by side, padded on the left.
+        adapters: of each prompt, None for the plain base; default: the active ones for all.
+    Raises: ModelError: what `per_row` finds.
     """
     chosen, encoded = sampling or Sampling(), encode_prompts(tokenizer, prompts)
     stop = _stop_ids(base, tokenizer)
     torch.manual_seed(chosen.seed)
     with held_weights(base), progress("generating", len(encoded)) as advance:
         for start in range(0, len(encoded), batch):
-            for row in _continued(base, encoded[start : start + batch], stop, chosen):
+            together = slice(start, start + batch)
+            with contextlib.nullcontext() if adapters is None else per_row(base, adapters[together]):
+                continued = _continued(base, encoded[together], stop, chosen)
+            for row in continued:
                 advance(1, "")
                 yield tokenizer.decode(_until_stop(row, stop), skip_special_tokens=True)
 

@@ -5,8 +5,9 @@ Results go to stdout, progress and notes to stderr, as for all commands. Importe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +30,10 @@ from qlora_kit.options import (
     TopP,
     print_json,
 )
+
+if TYPE_CHECKING:
+    from qlora_kit.base.loader import Base
+    from qlora_kit.generation import Sampling
 
 
 def evaluate(
@@ -66,8 +71,12 @@ def evaluate(
 
 def generate(
     model: ModelPath,
-    prompt: Annotated[str, typer.Option(help="What the user says; rendered with the model's chat template.")],
-    adapter: Adapters = None,
+    prompt: Annotated[
+        list[str], typer.Option(help="What the user says; rendered with the model's chat template. May be repeated.")
+    ],
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="Adapter folder; of several each answers, side by side in one batch.")
+    ] = None,
     system: SystemTurn = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as plain text, without a template.")] = False,
     max_new_tokens: NewTokens = 128,
@@ -81,9 +90,12 @@ def generate(
 ) -> None:
     """Text from a base, a base with adapters, or a merged model, shown as it is made.
 
-    With `--placement host` or `disk` the model need not fit on the device: its blocks pass once for every token.
+    Each prompt is answered by each adapter. With `--placement host` or `disk` the model need not fit on the device: its
+    blocks pass once for every token. To add adapters up, `qlora-kit adapter compose --method cat` makes one of them.
 
     Example: `qlora-kit generate --model models/m --adapter runs/r/adapter --prompt "Why is the sky blue?"`
+
+    Example: `qlora-kit generate --model models/m --adapter runs/a/adapter --adapter runs/b/adapter --prompt "Hello"`
     """
     import torch
 
@@ -93,13 +105,37 @@ def generate(
     from qlora_kit.generation import Sampling, answer
 
     tokenizer = load_tokenizer(model_folder(model))
-    base = load_model(model, list(adapter or []), quantization, any_base, placement)
+    folders = list(adapter or [])
+    base = load_model(model, folders, quantization, any_base, placement, add_up=False)
     messages = [{"role": "system", "content": system}] if system else []
-    asked = prompt if raw else [*messages, {"role": "user", "content": prompt}]
+    asked = [text if raw else [*messages, {"role": "user", "content": text}] for text in prompt]
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    if len(asked) > 1 or len(folders) > 1:
+        answers = _side_by_side(base, tokenizer, asked, len(folders), sampling)
+        print("\n\n".join(_titled(prompt, folders, answers)))
+        return
     torch.manual_seed(seed)
     with held_weights(base):
-        answer(base, tokenizer, asked, Sampling(max_new_tokens, temperature, top_p, top_k, seed), say)
+        answer(base, tokenizer, asked[0], sampling, say)
     say("\n")
+
+
+def _side_by_side(base: Base, tokenizer: Any, asked: list[Any], adapters: int, sampling: Sampling) -> list[list[str]]:
+    """For each prompt the answer of each adapter, or of the base if there is none; rows of an adapter stay together."""
+    from qlora_kit.generation import generate
+
+    names = [f"adapter-{index}" for index in range(adapters) for _ in asked]
+    of_rows = names if adapters > 1 else None  # a single one is active, whatever it changes
+    answers = list(generate(base, tokenizer, asked * max(adapters, 1), sampling, adapters=of_rows))
+    return [answers[index :: len(asked)] for index in range(len(asked))]
+
+
+def _titled(prompts: list[str], folders: list[str], answers: list[list[str]]) -> Iterator[str]:
+    """Each answer under a line that says what was asked, and which adapter answered, as far as there are several."""
+    for prompt, of_prompt in zip(prompts, answers):
+        for folder, text in zip(folders or [""], of_prompt):
+            said = [*([folder] if len(folders) > 1 else []), *([prompt] if len(prompts) > 1 else [])]
+            yield f"== {': '.join(said)}\n{text}"
 
 
 def chat(

@@ -615,6 +615,24 @@ def test_generate_prints_the_answer_alone(qlora: Qlora, story: Story) -> None:
     assert len(ended.out) <= 5
 
 
+def test_generate_answers_each_prompt_with_each_adapter(qlora: Qlora, story: Story, tmp_path: Path) -> None:
+    short, other = ["--max-new-tokens", 4], tmp_path / "other"
+    shutil.copytree(story.adapter, other)
+    weights = Shards([other / "adapter_model.safetensors"])
+    turned = {name: weights.read(name) * (-1 if "lora_B" in name else 1) for name in weights.entries}
+    save_tensors(other / "adapter_model.safetensors", turned, {"format": "pt"})
+    prompts = ["1 + 1 ?", "2 + 3 ?"]
+    asked = [word for prompt in prompts for word in ("--prompt", prompt)]
+    ended = qlora("generate", *story.trained, "--adapter", other, *asked, *short)
+    assert ended.code == 0, ended.err
+    expected = []
+    for prompt in prompts:
+        for adapter in (story.adapter, other):
+            alone = qlora("generate", "--model", story.place.model, "--adapter", adapter, "--prompt", prompt, *short)
+            expected.append(f"== {adapter}: {prompt}\n{alone.out}")
+    assert ended.out == "\n".join(expected)
+
+
 @pytest.mark.parametrize("placement", ["device", "disk"])
 def test_eval_and_generate_give_the_same_wherever_the_blocks_live(
     placement: str, qlora: Qlora, story: Story, tmp_path: Path

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_kit.adapters.inject import branches, inject
+from qlora_kit.adapters.inject import activate, branches, inject
 from qlora_kit.architectures import ARCHITECTURES
 from qlora_kit.base.loader import Base, load_base
 from qlora_kit.base.streaming import Placement
@@ -119,6 +119,22 @@ def test_answers_side_by_side_are_those_alone(toy):
     prompts = [PROMPT, [{"role": "user", "content": "naïve, and much longer than the other one"}]]
     together = list(generate(base, tokenizer, prompts, Sampling(NEW), batch=2))
     assert together == [*generate(base, tokenizer, prompts, Sampling(NEW), batch=1)]
+
+
+@pytest.mark.parametrize(("batch", "tier"), [(1, "device"), (2, "device"), (8, "device"), (8, "host"), (8, "disk")])
+def test_adapters_side_by_side_say_what_they_say_alone(batch, tier, toy):
+    base, tokenizer = with_adapter(toy("llama"), Placement(tier), "none"), load_tokenizer(toy("llama"))
+    assert (base.streamer is None) == (tier == "device")
+    inject(base, Adapter(rank=2, dtype="float32"), 1, "second")
+    for branch in branches(base, "second").values():
+        branch.lora_B.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(branch.index))
+    names, expected = ["default", "second", None], []
+    for name in names:
+        activate(base, [name] if name else [])
+        expected += generate(base, tokenizer, [PROMPT], Sampling(NEW))
+    found = list(generate(base, tokenizer, [PROMPT] * 3, Sampling(NEW), batch=batch, adapters=names))
+    assert found == expected
+    assert len({*found}) == 3
 
 
 def test_a_seed_repeats_an_answer_and_another_gives_another(toy):

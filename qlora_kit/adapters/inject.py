@@ -1,11 +1,12 @@
-"""Adapters on a base: hang branches in, choose which are active, merge them in place and take them out again.
+"""Adapters on a base: hang branches in, choose which are active or which row of a batch has which, merge in place.
 
 Imported by: adapters.store, training.loop, generation, export, the commands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -75,10 +76,8 @@ def activate(base: Base, names: Iterable[str]) -> None:
 
     Raises: ModelError: no such adapter on this base, or some that cannot work together.
     """
-    names, known = tuple(names), adapter_names(base)
-    for name in names:
-        if name not in known:
-            raise ModelError(f"adapter {name!r} is not loaded; loaded are {known}{nearest(name, known)}")
+    names = tuple(names)
+    _require_loaded(base, names)
     for linear in base.linears().values():
         if linear.merged is not None:
             raise ModelError("an adapter is merged into the base; unmerge it before choosing another")
@@ -88,6 +87,46 @@ def activate(base: Base, names: Iterable[str]) -> None:
     put_tensors(base, names)
     for linear in base.linears().values():
         linear.active = names
+
+
+def _require_loaded(base: Base, names: Iterable[str]) -> None:
+    """Raises: ModelError: no such adapter on this base."""
+    known = adapter_names(base)
+    for name in names:
+        if name not in known:
+            raise ModelError(f"adapter {name!r} is not loaded; loaded are {known}{nearest(name, known)}")
+
+
+@contextlib.contextmanager
+def per_row(base: Base, names: Sequence[str | None]) -> Iterator[None]:
+    """Within the with-block row i of every batch passes through adapter `names[i]`; afterwards all is as before.
+
+    Without gradients and dropout. The base is passed once for all rows; rows of one adapter are best side by side.
+
+    Args:
+        names: None is the plain base.
+    Raises: ModelError: no such adapter, one is merged, or one changes a tensor that the rows share.
+    """
+    wanted = [name for name in dict.fromkeys(names) if name is not None]
+    _require_loaded(base, wanted)
+    for name in wanted:
+        for tensor in base.updates.get(name, {}):
+            raise ModelError(
+                f"adapter {name!r} changes {tensor!r}, which all rows of a batch share; run it by itself, or choose "
+                "adapters that change linears of the blocks only"
+            )
+    linears = list(base.linears().values())
+    before = linears[0].active
+    activate(base, [])
+    try:
+        for linear in linears:
+            linear.rows = tuple(names)
+        with torch.no_grad():
+            yield
+    finally:
+        for linear in linears:
+            linear.rows = None
+        activate(base, before)
 
 
 def merge(base: Base) -> None:

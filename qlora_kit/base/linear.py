@@ -9,6 +9,7 @@ Imported by: base.loader (builds it), adapters (hangs branches in), export (read
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -52,6 +53,7 @@ class FrozenLinear(nn.Module):
     Attributes:
         branches: every adapter that has a branch here.
         active: names of the adapters that take part in the product, in order.
+        rows: the adapter of each row of the batch (None: no adapter), instead of `active`; see `inject.per_row`.
         merged: W + the update of the active adapters, when merged in place; else None.
         held: W dequantized once and kept, where memory allows it; else None.
         workspace: what W is dequantized into for a product; None: into a new tensor.
@@ -78,6 +80,7 @@ class FrozenLinear(nn.Module):
         self.quantization, self.dtype, self.block = quantization, dtype, block
         self.branches = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
+        self.rows: tuple[str | None, ...] | None = None
         self.merged: Tensor | None = None
         self.held: Tensor | None = None
         self.workspace: Workspace | None = None
@@ -151,6 +154,8 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., O] of x [..., I]."""
+        if self.rows is not None:
+            return self._forward_by_row(x, self.rows)
         branches = self.active_branches()
         if not branches:
             return _FrozenLinear.apply(x, None, None, self, 1.0, None)
@@ -163,6 +168,29 @@ class FrozenLinear(nn.Module):
         lora_A = torch.cat([branch.lora_A.to(x.dtype) for branch in branches])
         lora_B = torch.cat([branch.lora_B.to(x.dtype) * branch.scale for branch in branches], dim=1)
         return _FrozenLinear.apply(x, lora_A, lora_B, self, 1.0, None)
+
+    def _forward_by_row(self, x: Tensor, rows: tuple[str | None, ...]) -> Tensor:
+        """y [B, ..., O] of x [B, ..., I], without gradients: one product with W for all rows, and one with A and B for
+        each run of rows that have the same adapter.
+
+        Raises: ValueError: `rows` does not name an adapter for each row of x.
+        """
+        if len(x) != len(rows):
+            raise ValueError(f"a batch of {len(rows)} rows was promised, this one has {len(x)}")
+        y = F.linear(x, self.weight(), self.bias)
+        stop = 0
+        for name, run in itertools.groupby(rows):
+            start, stop = stop, stop + len(list(run))
+            if name is not None and name in self.branches:
+                self._add_branch(y[start:stop], x[start:stop], self.branches[name])  # type: ignore[arg-type]
+        return y
+
+    def _add_branch(self, y: Tensor, x: Tensor, branch: Branch) -> None:
+        """Change y [..., O] of the plain base into y with a branch, in place."""
+        hidden_NR = F.linear(x.flatten(0, -2), branch.lora_A.to(x.dtype))
+        y.view(-1, self.out_features).addmm_(hidden_NR, branch.lora_B.to(x.dtype).t(), alpha=branch.scale)
+        if (gain := branch.gain(self.base_weight)) is not None:
+            y.copy_(self._with_gain(y, gain))
 
     def _with_gain(self, y: Tensor, gain: Tensor) -> Tensor:
         """y [..., O] with all but the bias multiplied by `gain` [O] (DoRA); arithmetic in fp32."""
