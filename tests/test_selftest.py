@@ -16,6 +16,7 @@ from qlora_kit.base.streaming import Piece
 from qlora_kit.profiling.simulated_device import simulated_device
 
 
+@pytest.mark.slow  # half a minute
 def test_every_promise_holds_on_the_cpu():
     done = subprocess.run(
         [sys.executable, "-m", "qlora_kit", "selftest", "--device", "cpu", "--json"], capture_output=True, text=True

@@ -55,8 +55,12 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> None:
     simulated(recipe(tmp_path_factory.mktemp("first"), "llama", []))
 
 
+QUICK = {("llama", "plain"), ("llama", "several groups"), ("gemma3_text", "plain")}
+CASES = [*(("llama", way) for way in WAYS), ("gemma3_text", "plain"), ("qwen3", "all at once")]
+
+
 @pytest.mark.parametrize(
-    ("model_type", "way"), [*(("llama", way) for way in WAYS), ("gemma3_text", "plain"), ("qwen3", "all at once")]
+    ("model_type", "way"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
 )
 def test_a_step_takes_the_same_bytes_of_every_component_as_with_all_blocks(
     model_type: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -137,7 +137,9 @@ def test_each_weight_is_dequantized_as_often_as_is_said(tiny_model, ids, monkeyp
 
 
 @pytest.mark.parametrize("tier", ["host", "disk"])
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", *(pytest.param(other, marks=pytest.mark.slow) for other in ("gemma2", "gpt2"))]
+)
 def test_offloaded_inputs_change_nothing_on_a_device_with_late_copies(model_type, tier, tiny_model, ids, tmp_path):
     depth = {"n_layer" if model_type == "gpt2" else "num_hidden_layers": 4}
     folder, batches = tiny_model(model_type, **depth), micro_batches(ids)

@@ -162,7 +162,10 @@ def test_gradients_reach_every_B_in_step_1_and_every_A_in_step_2(model, corpus, 
     assert {name for name in names if name.endswith("lora_A")} <= moved[1]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+LIKE_OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("adamw_8bit", "paged_adamw_32bit")]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit", *LIKE_OTHERS])
 def test_resumed_run_equals_uninterrupted_run(optimizer, model, corpus, tmp_path, monkeypatch):
     changes = {"adapter": {"dropout": 0.1, "rank": 64, "dtype": "bfloat16"}, "model": {"quantization": "nf4"}}
     train_keys = {"optimizer": optimizer, "save_every": 1, "max_grad_norm": 0.5, "eval_every": 2}
