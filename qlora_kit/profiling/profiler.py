@@ -3,8 +3,8 @@
 Why: a plan is a promise; this is the check, on the user's own machine, model and data, before hours are spent. How: the
 run is prepared as `train` prepares it and every step is given the longest rows. One step makes the optimizer's state
 and warms up, `steps` are timed, and one more, not timed, is followed by `tracker`. Nothing of it is saved.
-On an accelerator the total is the allocator's, and what the tracker cannot name is OTHER; on the CPU the tensors' own.
-Imported by: the commands `profile`, and `train` for its first step.
+On an accelerator the total is the allocator's, and what the tracker cannot name is OTHER; on a CPU it is the growth of
+the process, and what is no tensor's is `runtime`. Imported by: the commands `profile`, and `train` for its first step.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def profile(recipe: Recipe, plan: Plan, steps: int) -> Profile:
         device=device.type,
         planned=plan.components,
         planned_moment=MOMENTS[plan.peak_moment],
-        measured=_measured(tracker, device),
+        measured=_measured(tracker, device, beside_bytes),
         measured_place=str(tracker.peak_place),
         process_bytes=process_bytes,
         shape=worst.shape,
@@ -181,10 +181,10 @@ def followed_step(run: Run) -> dict[str, Any]:
     return line
 
 
-def _measured(tracker: Tracker, device: torch.device) -> dict[str, int]:
-    """The peak by NAMES, what only the allocator knows added."""
+def _measured(tracker: Tracker, device: torch.device, beside_bytes: int) -> dict[str, int]:
+    """The peak by NAMES, with what only the allocator knows, or on a CPU what the process holds beside tensors."""
     measured = dict(tracker.peak)
+    measured["runtime"] += max(0, beside_bytes)
     if device.type != "cpu":
         measured[OTHER] += peak_bytes(device) - tracker.peak_bytes
-        measured["runtime"] += runtime_bytes(device)
     return measured
