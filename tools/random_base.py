@@ -32,7 +32,6 @@ from qlora_kit.base.quantize_model import (
     Settings,
     packed_layout,
     quantization_config,
-    shard_names,
     size_bytes,
     split,
     tables,
@@ -150,12 +149,13 @@ def random_base(shape: str, folder: Path, *, layers: int | None = None, dense: b
         return out
     shapes = model_shapes(config, shape)
     writer = _Writer(shapes, dense, seed)
-    layouts = list(split(writer.layouts(), SHARD_BYTES))
-    files.require_free_space(out, sum(map(size_bytes, layouts)), f"the random checkpoint of {name}")
+    layouts = split(writer.layouts(), SHARD_BYTES)
+    total = sum(map(size_bytes, layouts.values()))
+    files.require_free_space(out, total, f"the random checkpoint of {name}")
     metadata = {"format": "pt"} | ({} if dense else {FINGERPRINT: _fingerprint(marker)})
     with files.atomic_folder(out) as aside:
-        with progress(f"writing {out.name}", sum(map(size_bytes, layouts))) as advance:
-            for file_name, layout in zip(shard_names(len(layouts)), layouts):
+        with progress(f"writing {out.name}", total) as advance:
+            for file_name, layout in layouts.items():
                 _write_shard(aside / file_name, layout, writer, metadata)
                 advance(size_bytes(layout), file_name)
         write_index(aside, layouts)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,8 @@ def quantize_model(
     shapes, shards = model_shapes(config, source), Shards(find_shards(model))
     settings = Settings(quant_type, double_quant, getattr(torch, dtype))
     writer = _Writer(shards, shapes, settings)
-    shard_layouts = list(split(writer.layouts(), SHARD_BYTES))
-    total = sum(size_bytes(layout) for layout in shard_layouts)
+    shard_layouts = split(writer.layouts(), SHARD_BYTES)
+    total = sum(map(size_bytes, shard_layouts.values()))
     files.require_free_space(out, total, "the 4-bit checkpoint")
     digest = fingerprint(shards)
     with files.atomic_folder(out) as aside:
@@ -219,17 +219,21 @@ def size_bytes(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
 
 
-def split(layouts: Iterator[Layout], limit_bytes: int) -> Iterator[Layout]:
-    """Shards of at most `limit_bytes` (or one weight). In each, quantized weights come first: so all stay aligned."""
-    shard: list[Layout] = []
+def split(layouts: Iterable[Layout], limit_bytes: int) -> dict[str, Layout]:
+    """Files by name, of at most `limit_bytes` (or one weight). In each, quantized ones come first: so all stay aligned.
+
+    Args:
+        layouts: of one weight each, which stays in one file.
+    """
+    shards: list[list[Layout]] = [[]]
     shard_bytes = 0
     for layout in layouts:
-        if shard and shard_bytes + size_bytes(layout) > limit_bytes:
-            yield _joined(shard)
-            shard, shard_bytes = [], 0
-        shard.append(layout)
+        if shards[-1] and shard_bytes + size_bytes(layout) > limit_bytes:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append(layout)
         shard_bytes += size_bytes(layout)
-    yield _joined(shard)
+    return dict(zip(_shard_names(len(shards)), map(_joined, shards)))
 
 
 def _joined(layouts: list[Layout]) -> Layout:
@@ -239,10 +243,10 @@ def _joined(layouts: list[Layout]) -> Layout:
     return {name: value for layout in quantized for name, value in layout.items()} | dict(dense)
 
 
-def _write_shards(folder: Path, writer: _Writer, layouts: list[Layout], metadata: dict[str, str]) -> None:
+def _write_shards(folder: Path, writer: _Writer, layouts: Mapping[str, Layout], metadata: dict[str, str]) -> None:
     """The files, and their index if there are several."""
-    with progress("quantizing", sum(map(size_bytes, layouts))) as advance:
-        for file_name, layout in zip(shard_names(len(layouts)), layouts):
+    with progress("quantizing", sum(map(size_bytes, layouts.values()))) as advance:
+        for file_name, layout in layouts.items():
 
             def produce(name: str, layout: Layout = layout) -> Tensor:
                 advance(size_bytes({name: layout[name]}), name)
@@ -252,20 +256,19 @@ def _write_shards(folder: Path, writer: _Writer, layouts: list[Layout], metadata
     write_index(folder, layouts)
 
 
-def shard_names(count: int) -> list[str]:
+def _shard_names(count: int) -> list[str]:
     """The names that transformers gives to `count` files."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def write_index(folder: Path, layouts: list[Layout]) -> None:
+def write_index(folder: Path, layouts: Mapping[str, Layout]) -> None:
     """Say which file holds which tensor, if there are several."""
     if len(layouts) == 1:
         return
-    names = shard_names(len(layouts))
-    weight_map = {name: file_name for file_name, layout in zip(names, layouts) for name in layout}
-    index = {"metadata": {"total_size": sum(map(size_bytes, layouts))}, "weight_map": weight_map}
+    weight_map = {name: file_name for file_name, layout in layouts.items() for name in layout}
+    index = {"metadata": {"total_size": sum(map(size_bytes, layouts.values()))}, "weight_map": weight_map}
     files.write_json(folder / "model.safetensors.index.json", index)
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from qlora_kit import files
 from qlora_kit.base.companions import carry
-from qlora_kit.base.quantize_model import SHARD_BYTES, shard_names
+from qlora_kit.base.quantize_model import SHARD_BYTES, Layout, size_bytes, split, write_index
 from qlora_kit.base.shards import DTYPE_NAMES, bytes_of
 from qlora_kit.console import note, progress
 from qlora_kit.errors import DiskError, ModelError, NonFiniteError
@@ -206,42 +206,32 @@ def _work_folder(out: Path) -> Iterator[Path]:
 # ------------------------------------------------------------------------------------------------ its files
 
 
-def _by_shard(shards: MergedShards, quantized: bool) -> dict[str, list[str]]:
+def _by_shard(shards: MergedShards, quantized: bool) -> dict[str, Layout]:
     """Tensors by output file: the base's own files, or new ones of 5 GB where the base's hold 4 bits a weight."""
-    if not quantized:
-        kept: dict[str, list[str]] = {}
-        for name, entry in shards.entries.items():
-            kept.setdefault(entry.path.name, []).append(name)
-        return kept
-    groups: list[list[str]] = [[]]
-    group_bytes = 0
+    tensors: dict[str, Layout] = {name: {name: (entry.dtype, entry.shape)} for name, entry in shards.entries.items()}
+    if quantized:
+        return split(tensors.values(), SHARD_BYTES)
+    kept: dict[str, Layout] = {}
     for name, entry in shards.entries.items():
-        if groups[-1] and group_bytes + entry.size_bytes > SHARD_BYTES:
-            groups.append([])
-            group_bytes = 0
-        groups[-1].append(name)
-        group_bytes += entry.size_bytes
-    return dict(zip(shard_names(len(groups)), groups))
+        kept.setdefault(entry.path.name, {}).update(tensors[name])
+    return kept
 
 
 def _write_shards(work: _Work, merge: Merge) -> dict[str, str]:
     """All shards and their index; sha256 of each shard."""
     shards = merge.shards
     by_shard = _by_shard(shards, merge.base.packed is not None)
-    sizes = {shard: sum(shards.entries[name].size_bytes for name in names) for shard, names in by_shard.items()}
+    sizes = {shard: size_bytes(layout) for shard, layout in by_shard.items()}
     missing = [shard for shard in by_shard if shard not in work.done]
     files.require_free_space(work.folder, sum(sizes[shard] for shard in missing), "the merged model")
     if work.done:
         note(f"going on after a stop: {len(work.done)} of {len(by_shard)} files are done")
     with progress("merging", sum(sizes.values())) as advance:
-        for shard, names in by_shard.items():
+        for shard, layout in by_shard.items():
             if shard in missing:
-                work.finish(shard, write_shard(work.model / shard, shards, names))
+                work.finish(shard, write_shard(work.model / shard, shards, list(layout)))
             advance(sizes[shard], shard)
-    if len(by_shard) > 1:
-        weight_map = {name: shard for shard, names in by_shard.items() for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        files.write_json(work.model / "model.safetensors.index.json", index)
+    write_index(work.model, by_shard)
     return {shard: work.done[shard] for shard in by_shard}
 
 
