@@ -51,7 +51,7 @@ class Proof:
     @property
     def passed(self) -> bool:
         """Whether the two agree."""
-        return max(abs(self.live_loss - self.merged_loss), self.distance.kl) <= TOLERANCE_NATS
+        return abs(self.live_loss - self.merged_loss) <= TOLERANCE_NATS and self.distance.kl <= TOLERANCE_NATS
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"passed": self.passed, "tolerance_nats": TOLERANCE_NATS}

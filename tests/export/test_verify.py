@@ -17,7 +17,8 @@ from qlora_kit.errors import ModelError
 from qlora_kit.export import score as scoring
 from qlora_kit.export.audit import audit
 from qlora_kit.export.merge import merge_model, open_merge
-from qlora_kit.export.verify import TOLERANCE_NATS, Live, live_model, prove, reloaded
+from qlora_kit.export.score import Distance
+from qlora_kit.export.verify import TOLERANCE_NATS, Live, Proof, live_model, prove, reloaded
 from qlora_kit.recipe import Adapter, Model
 
 
@@ -114,3 +115,9 @@ def test_fp32_arithmetic_on_16_bit_weights_is_that_of_fp32_weights(trained, tmp_
     model = scoring.plain_model(tmp_path / "m")
     assert scoring.score(model, live.rows) == wide
     assert model.get_parameter("model.layers.1.mlp.up_proj.weight").dtype == torch.float16
+
+
+@pytest.mark.parametrize(("loss", "kl"), [(1.0, float("nan")), (float("nan"), 0.0), (1.0 + 2 * TOLERANCE_NATS, 0.0)])
+def test_a_loss_or_divergence_that_is_not_a_number_or_too_far_is_no_proof(loss, kl):
+    assert Proof(1.0, 1.0, 8, Distance(8, 0.0, 1.0, 0.0), 1, 1).passed
+    assert not Proof(1.0, loss, 8, Distance(8, kl, 1.0, 0.0), 1, 1).passed
