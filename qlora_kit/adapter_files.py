@@ -18,6 +18,7 @@ from qlora_kit.errors import ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+PAIR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")  # linear, and which of its two
 HEADER_BYTES_LIMIT = 100 << 20  # safetensors' own
 # PEFT's switches that change the product in a way that is not built here, each with the values that leave it alone.
 OFF: dict[str, tuple[Any, ...]] = {

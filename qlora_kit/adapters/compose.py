@@ -29,12 +29,12 @@ from qlora_kit.adapters.factors import (
     Pair,
     inner,
     joined,
+    nearest,
     norm,
     open_adapter,
     require_plain,
     save_branches,
     scaled,
-    truncated,
 )
 from qlora_kit.adapters.lora import mixed_seed
 from qlora_kit.adapters.store import PROVENANCE, provenance
@@ -164,19 +164,18 @@ def composed(linear: str, present: list[StoredBranch | None], how: Composition, 
     terms = [(branch, weight) for branch, weight in zip(present, how.weights) if branch is not None]
     pairs = [(branch.lora_B.double(), branch.lora_A.double()) for branch, _ in terms]
     factors = [weight * branch.scale for branch, weight in terms]
+    dropout = terms[0][0].dropout
+    if how.method == "svd":
+        rank = how.rank or max(len(a) for _, a in pairs)
+        return nearest(joined([(b, a * factor) for (b, a), factor in zip(pairs, factors)]), rank, rank, dtype, dropout)
     if how.method == "cat":
         # The largest factor becomes the scale: of that adapter, and of all that share it, every bit stays.
         scale = max(map(abs, factors)) or 1.0
         left, right = joined([(b, a * (factor / scale)) for (b, a), factor in zip(pairs, factors)])
-    elif how.method == "svd":
-        limit = how.rank or max(len(a) for _, a in pairs)
-        (left, right), _ = truncated(joined([(b, a * factor) for (b, a), factor in zip(pairs, factors)]), limit)
-        scale = limit / right.shape[0]  # one alpha for all linears: not every server reads alpha_pattern
-        left, right = left / scale**0.5, right / scale**0.5
     else:
         left, right = _of_elements(linear, pairs, factors, how)
         scale = 1.0
-    return StoredBranch(right.to(dtype), left.to(dtype), scale, terms[0][0].dropout)
+    return StoredBranch(right.to(dtype), left.to(dtype), scale, dropout)
 
 
 def _of_elements(linear: str, pairs: list[Pair], factors: list[float], how: Composition) -> Pair:

@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from qlora_kit import __version__
-from qlora_kit.adapter_files import CONFIG, PREFIX, WEIGHTS, number, read_config, scale_of, tensor_shapes
+from qlora_kit.adapter_files import CONFIG, PAIR, PREFIX, WEIGHTS, number, read_config, scale_of, tensor_shapes
 from qlora_kit.adapters.store import PROVENANCE, RECORDED, lora_config, provenance
 from qlora_kit.adapters.updates import StoredBranch
 from qlora_kit.base.shards import Shards, save_tensors
 from qlora_kit.errors import ModelError
 from qlora_kit.files import atomic_folder, write_json
 
-PAIR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
 CHOICE = (
     "target_modules",
     "layers_to_transform",
@@ -160,12 +159,23 @@ def inner(one: Pair, two: Pair) -> float:
     return float(((one[0].T @ two[0]) * (one[1] @ two[1].T)).sum())
 
 
-def truncated(pair: Pair, rank: int) -> tuple[Pair, Tensor]:
-    """The nearest update of a rank (Eckart and Young 1936), its singular values shared by both factors; all of them."""
+def singular_values(pair: Pair) -> Tensor:
+    """Of B A, descending, as many as its rank."""
+    return torch.linalg.svdvals(core(pair)[1])
+
+
+def nearest(pair: Pair, rank: int, alpha: float, dtype: torch.dtype, dropout: float) -> StoredBranch:
+    """The nearest update of a rank (Eckart and Young 1936), its singular values shared by both factors.
+
+    Args:
+        alpha: of the branch, whatever rank is left: one for all linears, since not every server reads `alpha_pattern`.
+    """
     q_b, middle, q_a = core(pair)
     u, sigma, v = torch.linalg.svd(middle, full_matrices=False)
-    root = sigma[:rank].sqrt()
-    return ((q_b @ u[:, :rank]) * root, root[:, None] * (v[:rank] @ q_a.T)), sigma
+    scale = alpha / len(sigma[:rank])
+    root = (sigma[:rank] / scale).sqrt()
+    lora_A, lora_B = root[:, None] * (v[:rank] @ q_a.T), (q_b @ u[:, :rank]) * root
+    return StoredBranch(lora_A.to(dtype), lora_B.to(dtype), scale, dropout)
 
 
 # ------------------------------------------------------------------------------------------------ writing

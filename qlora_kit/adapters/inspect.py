@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qlora_kit.adapters.factors import AdapterFile, core, open_adapter, place, scaled
+from qlora_kit.adapters.factors import AdapterFile, open_adapter, place, scaled, singular_values
 from qlora_kit.adapters.store import provenance
 from qlora_kit.errors import RecipeError
 
@@ -83,7 +83,7 @@ def update_of(adapter: AdapterFile, linear: str) -> Update:
     """The update of one linear. Of a DoRA adapter s B A alone, without its magnitudes."""
     branch = adapter.branch(linear)
     rank = branch.lora_A.shape[0]
-    sigma = torch.linalg.svdvals(core(scaled(branch))[1])
+    sigma = singular_values(scaled(branch))
     norm = float(torch.linalg.vector_norm(sigma))
     return Update(
         linear, rank, branch.scale * rank, norm, effective_rank(sigma), energy_rank(sigma, ENERGY), sigma.tolist()

@@ -98,6 +98,13 @@ def read_parts(folder: Path, known: Known) -> StoredAdapter:
     return StoredAdapter(branches, tensors)
 
 
+def require_finite(tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Raises: ModelError: one of them holds NaN or infinity."""
+    for key, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise ModelError(f"{where}: tensor {key!r} holds NaN or infinity")
+
+
 def _taken(parts: Parts) -> Parts:
     """What belongs to a branch, taken out of `parts`."""
     names: tuple[str, ...] = ("lora_A", "lora_B", "magnitude")
@@ -144,8 +151,7 @@ class _Reader:
                 raise self.refused(f"tensor {key!r}")
             module = (self.known.renamed(f"{match[1]}.weight") or "").removesuffix(".weight")
             value = shards.read(key)
-            if not torch.isfinite(value).all():
-                raise ModelError(f"{self.path}: tensor {key!r} holds NaN or infinity")
+            require_finite({key: value}, self.path)
             found.setdefault(module, {})[leaf] = value
         if not found:
             raise ModelError(f"{self.path}: holds no tensors: the adapter is empty")

@@ -13,17 +13,16 @@ from typing import Any
 import torch
 
 from qlora_kit.adapters.factors import (
-    core,
     joined,
+    nearest,
     norm,
     open_adapter,
     require_plain,
     save_branches,
     scaled,
-    truncated,
+    singular_values,
 )
 from qlora_kit.adapters.inspect import energy_rank
-from qlora_kit.adapters.updates import StoredBranch
 from qlora_kit.files import require_new
 
 
@@ -61,22 +60,16 @@ def resize(folder: Path, out: Path, *, rank: int | None = None, energy: float = 
     branches, cuts = {}, []
     for linear, (before, *_) in adapter.shapes.items():
         branch = adapter.branch(linear)
-        sigma = torch.linalg.svdvals(core(scaled(branch))[1])
+        sigma = singular_values(scaled(branch))
         wanted = rank or max(1, energy_rank(sigma, energy))
-        branches[linear] = branch if wanted >= before else _cut(branch, wanted, alpha)
-        error = norm(joined([scaled(branches[linear]), scaled(branch, -1.0)])) if wanted < before else 0.0
+        branches[linear], error = branch, 0.0
+        if wanted < before:
+            branches[linear] = nearest(scaled(branch), wanted, alpha, branch.lora_A.dtype, branch.dropout)
+            error = norm(joined([scaled(branches[linear]), scaled(branch, -1.0)]))
         length = float(torch.linalg.vector_norm(sigma))
         cuts.append(Cut(linear, before, branches[linear].lora_A.shape[0], length, error))
     save_branches(out, branches, [adapter])
     return cuts
-
-
-def _cut(branch: StoredBranch, rank: int, alpha: float) -> StoredBranch:
-    """The nearest branch of `rank`, in the dtype of the pair."""
-    (left, right), _ = truncated(scaled(branch), rank)
-    scale = alpha / right.shape[0]
-    dtype = branch.lora_A.dtype
-    return StoredBranch((right / scale**0.5).to(dtype), (left / scale**0.5).to(dtype), scale, branch.dropout)
 
 
 def total(cuts: list[Cut], linear: str = "all") -> Cut:

@@ -23,7 +23,7 @@ from qlora_kit import __version__, recipe
 from qlora_kit.adapter_files import CONFIG, PREFIX, WEIGHTS
 from qlora_kit.adapters.inject import DEFAULT, activate, adapter_names, branches
 from qlora_kit.adapters.lora import DropoutSeed, LoRABranch
-from qlora_kit.adapters.parts import Known, known_of, read_parts
+from qlora_kit.adapters.parts import Known, known_of, read_parts, require_finite
 from qlora_kit.adapters.updates import StoredAdapter, StoredBranch
 from qlora_kit.base.loader import Base
 from qlora_kit.base.shards import save_tensors
@@ -54,7 +54,7 @@ def save_adapter(base: Base, folder: Path, name: str = DEFAULT, dtype: torch.dty
     for linear, branch in adapter.items():
         for leaf, parameter in (("lora_A", branch.lora_A), ("lora_B", branch.lora_B)):
             tensors[f"{PREFIX}{linear}.{leaf}.weight"] = parameter.detach().to(dtype or parameter.dtype)
-    _require_finite(tensors, folder)
+    require_finite(tensors, folder)
     save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_json(folder / CONFIG, peft_config(base, adapter))
     record = {
@@ -215,9 +215,3 @@ def require_same_base(folder: Path, fingerprint: str, base_folder: Path) -> None
             f"{folder / PROVENANCE}: trained on base {trained_on:.8}, {base_folder} is base {fingerprint:.8}; "
             "give the base it was trained on, or pass --any-base to use this one all the same"
         )
-
-
-def _require_finite(tensors: dict[str, Tensor], where: Path | str) -> None:
-    for key, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise ModelError(f"{where}: tensor {key!r} holds NaN or infinity")

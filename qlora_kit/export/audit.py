@@ -8,13 +8,12 @@ Imported by: verify.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qlora_kit.adapter_files import PREFIX, WEIGHTS
+from qlora_kit.adapter_files import PAIR, WEIGHTS
 from qlora_kit.adapters.updates import StoredBranch, TensorUpdate
 from qlora_kit.base.shards import Shards, find_shards
 from qlora_kit.errors import ModelError
@@ -57,8 +56,7 @@ def audit(folder: Path, merge: Merge) -> dict[str, int]:
 
 def _targets(adapter: Path) -> set[str]:
     """Linears that the adapter's file names."""
-    pattern = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight")
-    return {match[1] for name in Shards([adapter / WEIGHTS]).entries if (match := pattern.fullmatch(name))}
+    return {match[1] for name in Shards([adapter / WEIGHTS]).entries if (match := PAIR.fullmatch(name))}
 
 
 def _fault(target: bool, merge: Merge) -> str:
