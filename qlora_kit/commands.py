@@ -64,8 +64,9 @@ def plan_recipe(
         raise RecipeError(f"--budget: {error}") from None
     if stack != "kit":
         return plan_in_stack(recipe, stack, budget_bytes=budget_bytes, gpu=gpu, shapes=shapes)
+    shapes = shapes or read_shapes(recipe)
     plan = make_plan(recipe, budget_bytes=budget_bytes, gpu=gpu, shapes=shapes)
-    for text in serving_notes(recipe, (shapes or read_shapes(recipe)).model_type):
+    for text in serving_notes(recipe, shapes.model_type):
         note(text)
     return plan
 

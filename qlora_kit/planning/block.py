@@ -190,8 +190,8 @@ def _mlp_gradients(shapes: ModelShapes, recipe: Recipe) -> int:
     """
     row, in_tile = shapes.architecture, tile_tokens(recipe) * value_bytes(recipe)
     inner = shapes.linear(row.mlp_out).in_features
-    produced = sum(shapes.linear(name).out_features for name in row.mlp_in) + (inner if row.mlp_saved > 3 else 0)
-    produced += 0 if _has_branch(shapes, recipe, row.mlp_out) else inner
+    more = (row.mlp_saved > 3) + (not _has_branch(shapes, recipe, row.mlp_out))
+    produced = sum(shapes.linear(name).out_features for name in row.mlp_in) + more * inner
     if is_tiled(shapes, recipe):
         names = {*row.mlp_in, row.mlp_out}
         trained = max(

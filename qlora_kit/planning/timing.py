@@ -138,14 +138,12 @@ def card_of(device: Device) -> Card | None:
 def estimate(shapes: ModelShapes, recipe: Recipe, device: Device) -> Estimate | None:
     """The time of a recipe without an `auto`, its rows full; None where the device's rates are not known."""
     rates = rates_of(device, recipe)
-    if rates is None:
-        overall_s = calibrated(device.name).get("operations_s")
-        return (
-            None
-            if overall_s is None
-            else Estimate(step_operations(shapes, recipe) / overall_s, 0.0, recipe.train.steps)
-        )
-    return Estimate(_compute(shapes, recipe, rates), _transfer(shapes, recipe, rates), recipe.train.steps)
+    if rates is not None:
+        return Estimate(_compute(shapes, recipe, rates), _transfer(shapes, recipe, rates), recipe.train.steps)
+    overall_s = calibrated(device.name).get("operations_s")
+    if overall_s is None:
+        return None
+    return Estimate(step_operations(shapes, recipe) / overall_s, 0.0, recipe.train.steps)
 
 
 def step_operations(shapes: ModelShapes, recipe: Recipe) -> float:

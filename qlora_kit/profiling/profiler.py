@@ -14,8 +14,6 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from qlora_kit.base.device import peak_bytes, pick_device, reset_peak, runtime_bytes
 from qlora_kit.data.batches import Batches, MicroBatch
 from qlora_kit.planning.comparison import OTHER, comparison
@@ -26,7 +24,7 @@ from qlora_kit.profiling.tracker import Series, Tracker
 from qlora_kit.recipe import Recipe
 from qlora_kit.training.calibrate import calibrate
 from qlora_kit.training.loop import train_step
-from qlora_kit.training.memory import explained, interpreter_bytes, static_tensors
+from qlora_kit.training.memory import explained, interpreter_bytes, static_tensors, with_unseen
 from qlora_kit.training.run import Peak, Run, choose_heap, prepare
 from qlora_kit.training.signals import StopRequest
 from qlora_kit.units import format_bytes, format_seconds
@@ -146,13 +144,14 @@ def profile(recipe: Recipe, plan: Plan, steps: int) -> Profile:
         lines = [train_step(run) for _ in range(steps)]
         process_bytes = peak_bytes(device) - before_bytes if device.type == "cpu" else None
         tracker = follow_step(run)
+    total_bytes = peak_bytes(device) if process_bytes is None else max(process_bytes, tracker.peak_bytes)
     beside_bytes = runtime_bytes(device) if process_bytes is None else process_bytes - tracker.peak_bytes
     calibrate(run, plan.components, beside_bytes, lines)
     return Profile(
         device=device.type,
         planned=plan.components,
         planned_moment=MOMENTS[plan.peak_moment],
-        measured=_measured(tracker, device, beside_bytes),
+        measured=with_unseen(tracker.peak, device, total_bytes),
         measured_place=str(tracker.peak_place),
         process_bytes=process_bytes,
         shape=worst.shape,
@@ -179,12 +178,3 @@ def followed_step(run: Run) -> dict[str, Any]:
         line = train_step(run)
     run.peak = Peak(line["step"], str(tracker.peak_place), tracker.peak)
     return line
-
-
-def _measured(tracker: Tracker, device: torch.device, beside_bytes: int) -> dict[str, int]:
-    """The peak by NAMES, with what only the allocator knows, or on a CPU what the process holds beside tensors."""
-    measured = dict(tracker.peak)
-    measured["runtime"] += max(0, beside_bytes)
-    if device.type != "cpu":
-        measured[OTHER] += peak_bytes(device) - tracker.peak_bytes
-    return measured

@@ -26,6 +26,7 @@ from qlora_kit.adapters.lora import DropoutSeed
 from qlora_kit.base.linear import frozen_linears
 from qlora_kit.base.loader import Base
 from qlora_kit.base.owners import hand_over, mark
+from qlora_kit.base.workspace import Workspace
 from qlora_kit.planning.components import aligned
 from qlora_kit.training.offload import InputStore, input_store
 from qlora_kit.training.tiles import TokenWise
@@ -126,9 +127,13 @@ class BlockRunner:
 
     def reserve(self) -> None:
         """Take what backward will need of the workspace now: the first step's loss is to meet it as later ones do."""
-        workspace = self._linears[0].workspace
-        if self.recomputes and self.settings.keep_dequantized and workspace is not None and self._dense_bytes:
-            workspace.reserve(self._dense_bytes, self.base.device)
+        if self.recomputes and self._keeper is not None:
+            self._keeper.reserve(self._dense_bytes, self.base.device)
+
+    @property
+    def _keeper(self) -> Workspace | None:
+        """Where the weights may be kept dequantized; None: nowhere, or there is nothing to dequantize."""
+        return self._linears[0].workspace if self.settings.keep_dequantized and self._dense_bytes else None
 
     def _run_tokens_apart(self) -> None:
         """Put a `TokenWise` before the MLP, unless its output is needed in backward, and before each RMS norm."""
@@ -172,9 +177,8 @@ class BlockRunner:
         with contextlib.ExitStack() as stack:
             if self.base.streamer is not None:
                 stack.enter_context(self.base.streamer.block(self.index, following))
-            workspace = self._linears[0].workspace
-            if reused and self.settings.keep_dequantized and workspace is not None and self._dense_bytes:
-                stack.enter_context(workspace.holding(self._dense_bytes, self.base.device))
+            if reused and self._keeper is not None:
+                stack.enter_context(self._keeper.holding(self._dense_bytes, self.base.device))
             yield
 
     def run_and_keep(self, hidden: Tensor, call: Call, with_input: bool) -> tuple[Tensor, Any]:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qlora_kit import files
@@ -107,16 +108,23 @@ def _measured(run: Run, before_bytes: int) -> dict[str, Any]:
     if device.type == "cpu":
         peak -= before_bytes
         measured["interpreter_bytes"] = before_bytes
-    components = static_bytes(run) if run.peak is None else dict(run.peak.components)
-    if run.peak is not None:
-        beyond = peak - sum(components.values())
-        components["runtime" if device.type == "cpu" else OTHER] += beyond
+    runtime = 0 if device.type == "cpu" else runtime_bytes(device)
+    if run.peak is None:
+        components = static_bytes(run) | ({"runtime": runtime} if runtime else {})
+    else:
+        components = with_unseen(run.peak.components, device, peak)
         measured |= {"followed_step": run.peak.step, "peak_at": run.peak.place, "other_bytes": components.pop(OTHER)}
-    if device.type != "cpu":
-        runtime = runtime_bytes(device)
-        components["runtime"] = components.get("runtime", 0) + runtime
-        peak += runtime
-    return measured | {"peak_bytes": peak, "components": components}
+    return measured | {"peak_bytes": peak + runtime, "components": components}
+
+
+def with_unseen(followed: Mapping[str, int], device: torch.device, total_bytes: int) -> dict[str, int]:
+    """What a tracker saw at a peak, and what it could not: up to the process' growth on a CPU `runtime`; on an
+    accelerator up to the allocator's peak OTHER, and beside that the context.
+    """
+    unseen = total_bytes - sum(followed.values())
+    if device.type == "cpu":
+        return {**followed, "runtime": followed["runtime"] + unseen}
+    return {**followed, OTHER: followed[OTHER] + unseen, "runtime": followed["runtime"] + runtime_bytes(device)}
 
 
 @contextlib.contextmanager
