@@ -41,13 +41,18 @@ class Case:
     layers: int
     values: dict[str, Any] = field(default_factory=dict)
     dense: bool = False
+    lengths: tuple[float, float] | None = None  # of documents, shares of seq_len; None: all as long as a row
 
 
 CASES = (
     Case("1B x 4, on the device", "llama-3.2-1b", 4),
     Case("1B x 4, 2048 tokens", "llama-3.2-1b", 4, {"data.seq_len": 2048}),
     Case("1B x 4, from disk", "llama-3.2-1b", 4, DISK),
-    Case("1B x 4, packing", "llama-3.2-1b", 4, {"data.packing": True}),
+    Case("1B x 4, packing", "llama-3.2-1b", 4, {"data.packing": True}, lengths=(0.04, 1)),
+    Case("1B x 4, rows of all lengths", "llama-3.2-1b", 4, {"train.grad_accumulation": 16}, lengths=(0.04, 1)),
+    Case(
+        "135M, as the quickstart", "smollm2-135m", 30, {"data.packing": True, "memory.budget": 1 << 30}, False, (0.6, 1)
+    ),
     Case("1B x 4, rank 64, AdamW", "llama-3.2-1b", 4, {"adapter.rank": 64, "train.optimizer": "adamw"}),
     Case("1B x 4, kept activations", "llama-3.2-1b", 4, {"memory.gradient_checkpointing": False}),
     Case("1B x 4, tight budget", "llama-3.2-1b", 4, {"memory.budget": 1000 << 20}),
@@ -73,10 +78,11 @@ def words() -> list[str]:
     return [f"w{number}" for number in range(WORDS)]
 
 
-def write_data(path: Path, seq_len: int, packing: bool) -> None:
-    """Rows of full length, or documents of all lengths where they are packed."""
+def write_data(path: Path, seq_len: int, shares: tuple[float, float] | None) -> None:
+    """Documents of full length, or of lengths between two shares of it."""
     generator, known = random.Random(0), words()
-    lengths = [generator.randint(20, seq_len - 1) for _ in range(60)] if packing else [seq_len - 1] * 8
+    low, high = (int(share * seq_len) for share in shares or (1, 1))
+    lengths = [generator.randint(low, high) - 1 for _ in range(60 if shares else 8)]
     rows = (json.dumps({"text": " ".join(generator.choices(known, k=length))}) for length in lengths)
     files.write_text(path, "".join(f"{row}\n" for row in rows))
 
@@ -90,9 +96,9 @@ def run_case(case: Case, options: argparse.Namespace, folder: Path) -> dict[str,
         write_tokenizer(model)
     data = folder / "data.jsonl"
     values = {"data.seq_len": 512, "adapter.rank": options.rank} | case.values
-    write_data(data, values["data.seq_len"], bool(values.get("data.packing")))
+    write_data(data, values["data.seq_len"], case.lengths)
     values |= {"model.quantization": "none" if case.dense else "nf4", "train.device": "cpu"}
-    values |= {"data.train": str(data), "data.format": "text", "train.steps": STEPS}
+    values |= {"data.train": str(data), "data.eval": str(data), "data.format": "text", "train.steps": STEPS}
     path, recipe, plan = write_recipe(folder, model, values, options.set)
     train(path, options.threads)
     memory = json.loads((Path(recipe.output) / "memory.json").read_text())

@@ -7,7 +7,8 @@ Packed documents are kept apart by position ids that begin anew at 0: transforme
 mask from them (masking_utils.find_packed_sequence_indices) as long as neither an attention mask nor a cache
 is given, so call the model with `use_cache=False`, and with sdpa or eager attention. Padding stands on the
 right, where causal attention never looks, and counts on, so it needs no mask either.
-Shapes: B rows, T tokens of the longest row, padded as `packing.padded_width` says.
+Shapes: B rows, T tokens of the longest row, padded as `packing.padded_width` says; packed rows are all as wide as the
+longest of them, so that every step has one shape.
 Imported by training, profiling and evaluation.
 """
 
@@ -37,6 +38,7 @@ class MicroBatch:
         learned_tokens: targets that are not IGNORE_INDEX.
         tokens: real ones, without padding.
         documents: per row the lengths of its documents; they sum to `tokens`.
+        narrowest: T is at least this, whatever the rows.
     """
 
     input_ids: Tensor
@@ -45,6 +47,7 @@ class MicroBatch:
     learned_tokens: int
     tokens: int
     documents: list[list[int]]
+    narrowest: int = 0
 
 
 def _check(examples: Sequence[Example], seq_len: int) -> None:
@@ -56,36 +59,58 @@ def _check(examples: Sequence[Example], seq_len: int) -> None:
             raise ValueError(f"{example.source}: {found} tokens, more than seq_len {seq_len}")
 
 
-def _rows(examples: Sequence[Example], seq_len: int, packing: bool) -> list[Row]:
-    """Rows in a fixed order, the longest first."""
-    _check(examples, seq_len)
-    lengths = [len(example.input_ids) for example in examples]
-    rows = pack(lengths, seq_len) if packing else [[index] for index in range(len(examples))]
-    return sorted(rows, key=lambda row: (-sum(lengths[index] for index in row), row))
+@dataclass(frozen=True)
+class _Rows:
+    """Examples, and which of them share a row.
 
+    Attributes:
+        rows: the longest first.
+        narrowest: least width of a batch: that of the longest row where rows are packed.
+    """
 
-def _collate(examples: Sequence[Example], rows: Sequence[Row], seq_len: int, pad_id: int) -> MicroBatch:
-    documents = [[len(examples[index].input_ids) for index in row] for row in rows]
-    width = padded_width(max(map(sum, documents)), seq_len)
-    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    targets = torch.full((len(rows), width), IGNORE_INDEX, dtype=torch.long)
-    position_ids = torch.empty((len(rows), width), dtype=torch.long)
-    for number, row in enumerate(rows):
-        start = 0
-        for index in row:
-            end = start + len(examples[index].input_ids)
-            input_ids[number, start:end] = torch.tensor(examples[index].input_ids)
-            targets[number, start:end] = torch.tensor(examples[index].targets)
-            position_ids[number, start:] = torch.arange(width - start)  # to the end: padding counts on
-            start = end
-    return MicroBatch(
-        input_ids=input_ids,
-        targets=targets,
-        position_ids=position_ids,
-        learned_tokens=int((targets != IGNORE_INDEX).sum()),
-        tokens=sum(map(sum, documents)),
-        documents=documents,
-    )
+    examples: Sequence[Example]
+    rows: list[Row]
+    seq_len: int
+    narrowest: int
+    pad_id: int
+
+    @classmethod
+    def form(cls, examples: Sequence[Example], seq_len: int, packing: bool, pad_id: int) -> _Rows:
+        """Rows in a fixed order. Raises: ValueError: no examples, or one longer than seq_len."""
+        _check(examples, seq_len)
+        lengths = [len(example.input_ids) for example in examples]
+        rows = pack(lengths, seq_len) if packing else [[index] for index in range(len(examples))]
+        rows.sort(key=lambda row: (-sum(lengths[index] for index in row), row))
+        longest = sum(lengths[index] for index in rows[0])
+        return cls(examples, rows, seq_len, padded_width(longest, seq_len) if packing else 0, pad_id)
+
+    def batches(self, rows: Sequence[Row], size: int) -> list[MicroBatch]:
+        """`size` rows at a time, the last fewer."""
+        return [self._collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+    def _collate(self, rows: Sequence[Row]) -> MicroBatch:
+        documents = [[len(self.examples[index].input_ids) for index in row] for row in rows]
+        width = max(self.narrowest, padded_width(max(map(sum, documents)), self.seq_len))
+        input_ids = torch.full((len(rows), width), self.pad_id, dtype=torch.long)
+        targets = torch.full((len(rows), width), IGNORE_INDEX, dtype=torch.long)
+        position_ids = torch.empty((len(rows), width), dtype=torch.long)
+        for number, row in enumerate(rows):
+            start = 0
+            for index in row:
+                end = start + len(self.examples[index].input_ids)
+                input_ids[number, start:end] = torch.tensor(self.examples[index].input_ids)
+                targets[number, start:end] = torch.tensor(self.examples[index].targets)
+                position_ids[number, start:] = torch.arange(width - start)  # to the end: padding counts on
+                start = end
+        return MicroBatch(
+            input_ids=input_ids,
+            targets=targets,
+            position_ids=position_ids,
+            learned_tokens=int((targets != IGNORE_INDEX).sum()),
+            tokens=sum(map(sum, documents)),
+            documents=documents,
+            narrowest=self.narrowest,
+        )
 
 
 def split(batches: Sequence[MicroBatch], rows: int) -> list[MicroBatch]:
@@ -104,7 +129,7 @@ def _parts(batch: MicroBatch, rows: int) -> list[MicroBatch]:
 
 def _part(batch: MicroBatch, rows: slice) -> MicroBatch:
     documents = batch.documents[rows]
-    width = padded_width(max(map(sum, documents)), batch.input_ids.shape[1])
+    width = max(batch.narrowest, padded_width(max(map(sum, documents)), batch.input_ids.shape[1]))
     targets = batch.targets[rows, :width]
     return replace(
         batch,
@@ -142,13 +167,11 @@ class Batches:
         seed: int,
         pad_id: int,
     ) -> None:
-        self._examples = examples
-        self._rows = _rows(examples, seq_len, packing)
+        self._all = _Rows.form(examples, seq_len, packing, pad_id)
+        self._rows = self._all.rows
         self._micro_batch = micro_batch
         self._rows_per_step = micro_batch * grad_accumulation
-        self._seq_len = seq_len
         self._seed = seed
-        self._pad_id = pad_id
         self._order: tuple[int, list[int]] = (-1, [])  # the epoch asked for last; a cache, never state
 
     @property
@@ -161,16 +184,15 @@ class Batches:
         epoch, window = divmod(step, self.steps_per_epoch)
         start = window * self._rows_per_step
         chosen = [self._rows[row] for row in self._epoch(epoch)[start : start + self._rows_per_step]]
-        return _chunks(self._examples, chosen, self._micro_batch, self._seq_len, self._pad_id)
+        return self._all.batches(chosen, self._micro_batch)
 
     def longest(self) -> MicroBatch:
         """The micro-batch with the worst shape that any step can have: what fits this, fits the run."""
-        return _collate(self._examples, self._rows[: self._micro_batch], self._seq_len, self._pad_id)
+        return self.worst()[0]
 
     def worst(self) -> list[MicroBatch]:
         """A step of the longest rows; its first micro-batch is `longest`."""
-        rows = self._rows[: self._rows_per_step]
-        return _chunks(self._examples, rows, self._micro_batch, self._seq_len, self._pad_id)
+        return self._all.batches(self._rows[: self._rows_per_step], self._micro_batch)
 
     def _epoch(self, epoch: int) -> list[int]:
         if self._order[0] != epoch:
@@ -187,10 +209,6 @@ def permutation(count: int, seed: int, epoch: int) -> list[int]:
     return sorted(range(count), key=key)
 
 
-def _chunks(examples: Sequence[Example], rows: Sequence[Row], size: int, seq_len: int, pad_id: int) -> list[MicroBatch]:
-    return [_collate(examples, rows[start : start + size], seq_len, pad_id) for start in range(0, len(rows), size)]
-
-
 def eval_batches(
     examples: Sequence[Example], *, micro_batch: int, seq_len: int, packing: bool, pad_id: int
 ) -> list[MicroBatch]:
@@ -198,4 +216,5 @@ def eval_batches(
 
     Raises: ValueError: no examples, or one longer than seq_len.
     """
-    return _chunks(examples, _rows(examples, seq_len, packing), micro_batch, seq_len, pad_id)
+    rows = _Rows.form(examples, seq_len, packing, pad_id)
+    return rows.batches(rows.rows, micro_batch)

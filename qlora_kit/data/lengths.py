@@ -133,6 +133,11 @@ def _padding(rows: Sequence[int], micro_batch: int, seq_len: int) -> float:
     return 1 - sum(rows) / positions
 
 
+def _packed_padding(rows: Sequence[int], seq_len: int) -> float:
+    """Share of padding when all rows are padded to the longest."""
+    return 1 - sum(rows) / (len(rows) * padded_width(max(rows), seq_len))
+
+
 def measure(path: Path, recipe: Recipe, tokenizer: Any) -> Lengths:
     """Read a file as the recipe's run would.
 
@@ -145,7 +150,7 @@ def measure(path: Path, recipe: Recipe, tokenizer: Any) -> Lengths:
         examples, _ = split_examples(examples, data.eval, train.seed)
     unpacked = tuple(len(example.input_ids) for example in examples)
     packed = tuple(sum(unpacked[index] for index in row) for row in pack(unpacked, data.seq_len))
-    rows = packed if data.packing else unpacked
+    rows, one_a_row = packed if data.packing else unpacked, _padding(unpacked, train.micro_batch, data.seq_len)
     return Lengths(
         tokens=tuple(sorted(len(example.input_ids) for example in uncut)),
         report=report,
@@ -154,6 +159,6 @@ def measure(path: Path, recipe: Recipe, tokenizer: Any) -> Lengths:
         rows_per_step=train.micro_batch * train.grad_accumulation,
         rows=rows,
         unpacked=unpacked,
-        padding=_padding(rows, train.micro_batch, data.seq_len),
-        unpacked_padding=_padding(unpacked, train.micro_batch, data.seq_len),
+        padding=_packed_padding(packed, data.seq_len) if data.packing else one_a_row,
+        unpacked_padding=one_a_row,
     )

@@ -26,6 +26,7 @@ from torch import Tensor
 from qlora_kit.base.loader import Base
 from qlora_kit.base.owners import mark, owner
 from qlora_kit.base.vocabulary import FetchedHead, Head, ResidentHead
+from qlora_kit.data.packing import padded_width
 from qlora_kit.data.tokenize import IGNORE_INDEX
 from qlora_kit.planning.components import LOSS_CHUNK_VOCABULARY
 from qlora_kit.training.blocks import last_hidden_states
@@ -70,13 +71,13 @@ class _TiledCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         mark("loss")
         learned = (targets_N != IGNORE_INDEX).nonzero().squeeze(1)
-        targets, order = targets_N[learned].sort(stable=True)
-        learned = learned[order]
-        hidden = hidden_ND[learned]
+        learned = learned[targets_N[learned].argsort(stable=True)]
+        padded = _padded(learned, len(targets_N))
+        hidden = hidden_ND[padded]
         tile = _Tile(hidden, head.shape[0], chunk, softcap, ctx.needs_input_grad[0])
-        losses_N = _score(hidden, targets, head, tile)
+        losses_N = _score(hidden, targets_N[padded], head, tile)[: len(learned)]
         if tile.with_grad:
-            ctx.save_for_backward(learned, hidden)  # which is its own gradient by now
+            ctx.save_for_backward(learned, hidden[: len(learned)])  # which is its own gradient by now
             ctx.shape = hidden_ND.shape
         return losses_N.sum()
 
@@ -87,6 +88,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
         full = grad.new_zeros(ctx.shape)
         full[learned] = grad
         return full.mul_(grad_total.to(grad.dtype)), None, None, None, None
+
+
+def _padded(learned: Tensor, positions: int) -> Tensor:
+    """Learned positions, on a CPU the last one repeated: kernels are compiled for a number of rows (`few_sizes`)."""
+    missing = padded_width(len(learned), positions) - len(learned) if learned.device.type == "cpu" else 0
+    return torch.cat((learned, learned[-1:].expand(missing))) if missing else learned
 
 
 def _score(hidden_ND: Tensor, targets_N: Tensor, head: Head, tile: _Tile) -> Tensor:

@@ -131,6 +131,14 @@ def test_rows_are_padded_to_few_widths_but_never_beyond_seq_len(longest: int, wi
     assert batch.input_ids.shape == (1, width)
 
 
+def test_packed_rows_are_all_as_wide_as_the_longest_of_them() -> None:
+    examples = random_examples(70, 66, 20, 3)
+    batches = eval_batches(examples, micro_batch=1, seq_len=99, packing=True, pad_id=7)
+    assert [batch.tokens for batch in batches] == [93, 66]
+    assert [batch.input_ids.shape[1] for batch in batches] == [96, 96]
+    assert [part.input_ids.shape[1] for part in split(batches, 1)] == [96, 96]
+
+
 def test_counts_agree_with_the_examples() -> None:
     examples = random_examples(5, 9, 2, 7, 3, 8, 4, prompt=2)
     for packing in (False, True):

@@ -63,6 +63,13 @@ def test_rows_without_packing_are_the_documents_and_their_padding(tmp_path: Path
     assert (measured.longest_row, measured.steps_per_epoch) == (256, 3)
 
 
+def test_packed_rows_are_padded_to_the_longest(tmp_path: Path, tokenizer: Any) -> None:
+    measured = found(tmp_path, tokenizer)
+    positions = len(measured.rows) * measured.longest_row
+    assert measured.padding == pytest.approx(1 - sum(measured.rows) / positions)
+    assert positions > sum(measured.rows)
+
+
 @pytest.mark.parametrize("overrides", [(), ("data.packing=false",), ("data.seq_len=1024", "data.packing=false")])
 def test_a_run_has_these_rows_and_steps(tmp_path: Path, tokenizer: Any, overrides: tuple[str, ...]) -> None:
     measured, settings = found(tmp_path, tokenizer, *overrides), recipe(*overrides)

@@ -149,3 +149,16 @@ def test_different_lengths_are_refused():
     hidden, head, targets = problem()
     with pytest.raises(ValueError, match="17 hidden states, 16 targets"):
         chunked_cross_entropy(hidden, head, targets[1:], chunk_tokens=4)
+
+
+def test_on_a_cpu_one_shape_serves_many_counts_of_learned_tokens(monkeypatch):
+    shapes, project = set(), torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **out: shapes.add(tuple(a.shape)) or project(a, b, **out))
+    hidden, head, _ = problem()
+    hidden = hidden.repeat(4, 1)
+    for learned in (33, 40, 64):
+        targets = torch.full((68,), IGNORE_INDEX)
+        targets[:learned] = torch.arange(learned) % 37
+        found = tiled(hidden, head, targets, 1000, 1000)
+        torch.testing.assert_close(found, reference(hidden, head, targets, None), rtol=2e-6, atol=2e-6)
+    assert shapes == {(64, 8), (64, 37)}
