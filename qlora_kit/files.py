@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -60,23 +61,60 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def early_flush(file: IO[bytes], every_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Have the disk write what `file` holds while more is made; yields `flush(bytes written since)`.
+def past_cache(file: IO[bytes], piece_bytes: int = 8 << 20) -> Iterator[Callable[[bytes | memoryview], None]]:
+    """Have the disk write, past the page cache, what `file` is given while more is made; yields `write(data)`.
 
-    Why: otherwise the system collects gigabytes, and the sync at the end waits for all of them.
+    Why: the copy into the cache keeps a CPU core busy, at a fifth of a good disk's rate, for what nobody reads soon.
+    How: one of two buffers of whole pages is filled while a thread writes the other. The last piece goes through the
+    cache, and so does all where the system writes no other way; then each piece is synced, before they pile up.
+
+    Args:
+        piece_bytes: of each buffer, whole pages.
     """
-    waiting_bytes = 0
+    file.flush()
+    descriptor = file.fileno()
+    direct = _set_direct(descriptor, True)
+    free, filling, filled = [mmap.mmap(-1, piece_bytes) for _ in range(2)], 0, 0
     running: Future[None] | None = None
+
+    def put(piece: mmap.mmap, size_bytes: int) -> None:
+        done = 0
+        with memoryview(piece) as view:
+            while done < size_bytes:
+                done += os.write(descriptor, view[done:size_bytes])
+        if not direct:
+            os.fdatasync(descriptor)
+
     with ThreadPoolExecutor(1) as thread:
 
-        def flush(size_bytes: int) -> None:
-            nonlocal waiting_bytes, running
-            waiting_bytes += size_bytes
-            if waiting_bytes >= every_bytes and (running is None or running.done()):
-                file.flush()
-                running, waiting_bytes = thread.submit(os.fdatasync, file.fileno()), 0
+        def write(data: bytes | memoryview) -> None:
+            nonlocal filling, filled, running
+            left = memoryview(data)
+            while len(left):
+                count = min(len(left), piece_bytes - filled)
+                free[filling][filled : filled + count] = left[:count]
+                left, filled = left[count:], filled + count
+                if filled == piece_bytes:
+                    if running is not None:
+                        running.result()
+                    running, filling, filled = thread.submit(put, free[filling], filled), 1 - filling, 0
 
-        yield flush
+        yield write
+        if running is not None:
+            running.result()
+    if direct:
+        _set_direct(descriptor, False)
+    put(free[filling], filled)
+
+
+def _set_direct(descriptor: int, wanted: bool) -> bool:
+    """Have writes go past the page cache, or not; False: the system, or this file system, has no such writes."""
+    try:
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -382,3 +383,52 @@ def test_a_run_folder_that_cannot_be_made_is_a_disk_error(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("x")
     with pytest.raises(DiskError, match="cannot write"), files.lock(tmp_path / "file"):
         pass
+
+
+PIECE = 8192
+
+
+def stream(path: Path, data: bytes, step: int) -> list[tuple[int, bool]]:
+    """Write `data` by `step` bytes past the cache; size of every write, and whether it was a direct one."""
+    written, real = [], os.write
+
+    def write(descriptor: int, part: memoryview) -> int:
+        written.append((len(part), bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)))
+        return real(descriptor, part)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "write", write)
+        with files.atomic_file(path) as file, files.past_cache(file, PIECE) as put:
+            for start in range(0, len(data), step):
+                put(data[start : start + step])
+    return written
+
+
+@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("size_bytes", [0, 1, PIECE, 2 * PIECE, 5 * PIECE + 77])
+def test_a_file_written_past_the_cache_holds_what_it_was_given(refused, size_bytes, tmp_path, monkeypatch):
+    if refused:
+        monkeypatch.setattr(files, "_set_direct", lambda descriptor, wanted: False)
+    with open(tmp_path / "probe", "wb") as probe:
+        direct_writes = files._set_direct(probe.fileno(), True)
+    data = os.urandom(size_bytes)
+    for step in (1000, 3 * PIECE + 5):
+        written = stream(tmp_path / "target", data, step)
+        assert (tmp_path / "target").read_bytes() == data
+        rest = [(size_bytes % PIECE, False)] if size_bytes % PIECE else []
+        assert written == [(PIECE, direct_writes)] * (size_bytes // PIECE) + rest
+
+
+def test_a_full_disk_past_the_cache_leaves_nothing(tmp_path, monkeypatch):
+    def full(descriptor, part):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    target = tmp_path / "target"
+    with (
+        pytest.raises(DiskError, match="No space left"),
+        files.atomic_file(target) as file,
+        files.past_cache(file, PIECE) as put,
+    ):
+        put(bytes(3 * PIECE))
+    assert not list(tmp_path.iterdir())

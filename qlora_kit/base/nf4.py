@@ -100,20 +100,14 @@ def dequantize(
             times as long without it, most of it the kernel's zeroing of fresh pages.
     """
     codes, offset = stored["codes"], stored.get("absmax_offset")
-    code = stored.get("absmax_code")
-    if code is None and offset is not None:
-        code = absmax_code(codes.device)
     if quantize_cpu.has_kernels(codes):
-        absmax = stored["absmax"]
-        if code is not None and offset is not None:
-            absmax = quantize_cpu.dequantize_8bit(absmax, stored["absmax_scale"], code, NESTED_BLOCK).add_(offset)
         out = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
-        return quantize_cpu.dequantize_4bit(codes, absmax, quant_type, block, out)
+        return quantize_cpu.dequantize_4bit(codes, dequantize_absmax(stored), quant_type, block, out)
     functional = bitsandbytes_functional()
     nested = None
     if offset is not None:
         nested = functional.QuantState(
-            absmax=stored["absmax_scale"], code=code, blocksize=NESTED_BLOCK, dtype=torch.float32
+            absmax=stored["absmax_scale"], code=_code(stored), blocksize=NESTED_BLOCK, dtype=torch.float32
         )
     state = functional.QuantState(
         absmax=stored["absmax"],
@@ -125,3 +119,20 @@ def dequantize(
         state2=nested,
     )
     return functional.dequantize_4bit(codes, state, out=out)
+
+
+def dequantize_absmax(stored: Mapping[str, Tensor]) -> Tensor:
+    """The largest magnitude of each block, fp32 [n / block], from the stored tensors; the codes are not used."""
+    absmax, offset = stored["absmax"], stored.get("absmax_offset")
+    if offset is None:
+        return absmax
+    scale, code = stored["absmax_scale"], _code(stored)
+    if quantize_cpu.has_kernels(absmax):
+        return quantize_cpu.dequantize_8bit(absmax, scale, code, NESTED_BLOCK).add_(offset)
+    whole: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(absmax, scale, code, NESTED_BLOCK, torch.float32)
+    return whole + offset
+
+
+def _code(stored: Mapping[str, Tensor]) -> Tensor:
+    code = stored.get("absmax_code")
+    return absmax_code(stored["absmax"].device) if code is None else code

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from qlora_kit.architectures import Architecture
 from qlora_kit.base import nf4
-from qlora_kit.base.shards import Shards
+from qlora_kit.base.shards import Shards, bytes_of
 from qlora_kit.errors import ModelError
 
 PART = re.compile(
@@ -108,6 +108,23 @@ class PackedWeight:
         """The weight, [O, I], on the host."""
         return nf4.dequantize(self.read(shards), self.shape, self.quant_type, dtype, block=self.block)
 
+    def rows(self, shards: Shards, dtype: torch.dtype) -> Callable[[int, int], Tensor] | None:
+        """See `Shards.rows`; None: rows share a block. The absmax of all rows is held, in fp32."""
+        columns = self.shape[-1]
+        if columns % self.block:
+            return None
+        small, names = self.read_small(shards), self.bulk(shards)
+        absmax = nf4.dequantize_absmax(small | {name: shards.read(names[name]) for name in names if name != "codes"})
+        entry, blocks = shards.entry(self.file_name), columns // self.block
+
+        def dequantized(start: int, stop: int) -> Tensor:
+            codes = torch.empty((stop - start) * columns // 2, dtype=torch.uint8)
+            shards.read_range(entry, start * columns // 2, bytes_of(codes))
+            stored = {"codes": codes[:, None], "absmax": absmax[start * blocks : stop * blocks]}
+            return nf4.dequantize(stored, (stop - start, columns), self.quant_type, dtype, block=self.block)
+
+        return dequantized
+
     def _table(self, shards: Shards, name: str, length: int) -> Tensor:
         """Raises: ModelError: not `length` finite fp32 values."""
         table = shards.read(f"{self.file_name}.{name}")
@@ -154,6 +171,12 @@ class DequantizedShards(Shards):
             return self._shards.read(name)
         value = self._packed[name].dequantize(self._shards, self._dtype)
         return value.t() if name in self._transposed else value
+
+    def rows(self, name: str) -> Callable[[int, int], Tensor]:
+        """As `Shards.rows`; a packed weight whose rows are whole blocks is dequantized rows by rows."""
+        if name not in self._packed or name in self._transposed:
+            return super().rows(name)
+        return self._packed[name].rows(self._shards, self._dtype) or super().rows(name)
 
 
 def packed_weights(

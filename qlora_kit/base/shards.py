@@ -131,6 +131,25 @@ class Shards:
         with self._opened(entry) as file:
             self._fill(file, entry, start, target)
 
+    def rows(self, name: str) -> Callable[[int, int], Tensor]:
+        """A function (start, stop) that gives these rows, [stop - start, the rest], and may be called in any thread.
+
+        A tensor that is not `as_stored` is read whole, now; any other by the rows that are asked for.
+        """
+        entry = self.entry(name)
+        height, columns = (entry.shape[0], math.prod(entry.shape[1:])) if entry.shape else (1, 1)
+        if not self.as_stored(name):
+            whole = self.read(name).reshape(height, columns)
+            return lambda start, stop: whole[start:stop]
+        row_bytes = columns * entry.dtype.itemsize
+
+        def read(start: int, stop: int) -> Tensor:
+            buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+            self.read_range(entry, start * row_bytes, bytes_of(buffer))
+            return buffer.view(entry.dtype).view(stop - start, columns)
+
+        return read
+
     def as_stored(self, name: str) -> bool:
         """Whether a tensor is read as the bytes that its file holds, so that parts of it can be read alone."""
         return True

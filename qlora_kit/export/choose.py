@@ -17,10 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from qlora_kit.base.shards import Shards, bytes_of
+from qlora_kit.base.shards import Shards
 from qlora_kit.export.merge import Merge
 from qlora_kit.export.output import MergeReport, write_merged
 from qlora_kit.export.rounding import round_once
@@ -80,14 +79,9 @@ def _evidence(merge: Merge, name: str) -> dict[str, float | None] | None:
 
 def _sample(shards: Shards, name: str) -> Tensor:
     """The first rows of a tensor as its file stores it."""
-    entry = shards.entry(name)
-    rows, columns = entry.shape
+    rows, columns = shards.entry(name).shape
     wanted = min(rows, max(SAMPLE_ROWS, SAMPLE // columns // SAMPLE_ROWS * SAMPLE_ROWS))
-    if not shards.as_stored(name):
-        return shards.read(name)[:wanted]
-    buffer = torch.empty(wanted * columns * entry.dtype.itemsize, dtype=torch.uint8)
-    shards.read_range(entry, 0, bytes_of(buffer))
-    return buffer.view(entry.dtype).view(wanted, columns)
+    return shards.rows(name)(0, wanted)
 
 
 # ------------------------------------------------------------------------------------------------ by held-out text

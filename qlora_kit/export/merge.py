@@ -26,7 +26,7 @@ from qlora_kit import __version__, files
 from qlora_kit.adapter_files import CONFIG, WEIGHTS
 from qlora_kit.adapters.store import provenance, read_whole_adapter, require_same_base
 from qlora_kit.adapters.updates import StoredAdapter, StoredBranch, TensorUpdate
-from qlora_kit.base.shards import Entry, Shards, bytes_of
+from qlora_kit.base.shards import Shards
 from qlora_kit.base.source import base_fingerprint
 from qlora_kit.errors import NonFiniteError
 from qlora_kit.export.onto import BaseFiles, Quantization
@@ -140,17 +140,14 @@ class MergedShards(Shards):
         Raises (from the functions): NonFiniteError: a value does not fit the output dtype.
         """
         source, shape = self._merge.layout.sources.get(name, name), self.entry(name).shape
-        entry = self._weights.entry(source)
         rows, columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
-        whole = None if self._weights.as_stored(source) else self._weights.read(source).reshape(-1, columns)
         update, transposed = self._merge.update(name), self._merge.base.shapes.architecture.transposed
         replaced = isinstance(update, TensorUpdate) and update.value is not None
+        base_rows = self._weights.rows(source)
 
         def tile(start: int, stop: int) -> Tensor:
-            if replaced:  # the base's rows are not needed, and some are not there where tokens were added
-                value = torch.empty(stop - start, columns, dtype=torch.float64)
-            else:
-                value = self._rows(entry, start, stop) if whole is None else whole[start:stop]
+            # Replaced rows of the base are not needed, and some are not there where tokens were added.
+            value = torch.empty(stop - start, columns, dtype=torch.float64) if replaced else base_rows(start, stop)
             if update is not None:
                 value = merged_rows(value.double(), update, start, transposed)
             return self._rounded(name, value)
@@ -159,13 +156,6 @@ class MergedShards(Shards):
         height = rows if by_columns else max(1, TILE // max(1, columns))
         for start in range(0, rows, height):
             yield lambda start=start: tile(start, min(start + height, rows))  # type: ignore[misc]
-
-    def _rows(self, entry: Entry, start: int, stop: int) -> Tensor:
-        """Some rows of a tensor of the base's files, [stop - start, columns]."""
-        row_bytes = entry.size_bytes // entry.shape[0] if entry.shape else entry.size_bytes
-        buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
-        self._weights.read_range(entry, start * row_bytes, bytes_of(buffer))
-        return buffer.view(entry.dtype).view(stop - start, -1)
 
     def _rounded(self, name: str, value: Tensor) -> Tensor:
         """A tile in the output dtype. Raises: NonFiniteError: a value is outside of it."""

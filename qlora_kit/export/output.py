@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 REPORT = "merge_report.json"
 THREADS = min(8, os.cpu_count() or 1)
-FLUSH_BYTES = 64 << 20  # written, and not yet asked of the disk
 Check = Callable[[Path], dict[str, Any]]
 
 
@@ -243,13 +242,12 @@ def write_shard(path: Path, shards: MergedShards, names: list[str]) -> str:
     )
     digest = hashlib.sha256(header)
     tiles = (tile for name in names for tile in shards.tiles(name))
-    with files.atomic_file(path) as file, files.early_flush(file, FLUSH_BYTES) as flush:
-        file.write(header)
+    with files.atomic_file(path) as file, files.past_cache(file) as write:
+        write(header)
         for tile in in_order(tiles):
             data = bytes_of(tile.view(torch.uint8))
             digest.update(data)
-            file.write(data)
-            flush(len(data))
+            write(data)
     return digest.hexdigest()
 
 

@@ -15,7 +15,6 @@ from qlora_kit.planning.components import Ledger
 from qlora_kit.planning.hardware import Device
 from qlora_kit.planning.moments import evaluation_moments, static_ledger, total, training_moments
 from qlora_kit.planning.quantities import (
-    FP32,
     host_blocks,
     is_quantized,
     resident_blocks,
@@ -26,6 +25,7 @@ from qlora_kit.planning.shapes import ModelShapes
 from qlora_kit.recipe import Recipe
 
 MERGED_DTYPE_BYTES = 2  # merge writes float16 unless told otherwise
+MERGE_TILES = 80 << 20  # 8 threads' tiles, those that wait to be written, and two buffers of 8 MiB for the disk
 
 
 @dataclass(frozen=True)
@@ -59,24 +59,24 @@ def phases(shapes: ModelShapes, recipe: Recipe, device: Device) -> dict[str, Pha
     eval: as training without gradients, between two steps, so the optimizer's state is there.
     save: the static part; adapter and optimizer state pass through host memory; disk holds the kept checkpoints, one
         more while it is written, and the adapter on its own.
-    merge: a command of its own, on the host, tensor by tensor: the largest linear as stored, in fp32, its update in
-        fp32, and rounded, or the largest other tensor as stored and rounded; writes the whole model in 16 bits.
+    merge: a command of its own, on the host: the adapter, and tiles. Beside 4 bits the largest linear is also held as
+        read, in 4 bits and dequantized, while tiles of the one before it wait; writes the whole model in 16 bits.
     """
     runtime = runtime_bytes(shapes, recipe, device)
     static = static_ledger(shapes, recipe, runtime)
     evaluation = evaluation_moments(shapes, recipe, runtime)
-    largest, largest_linear = components.largest_tensor(shapes), components.largest_linear(shapes)
+    largest_linear = components.largest_linear(shapes)
     away, offloaded = away_bytes(shapes, recipe, device), activations.offloaded_inputs(shapes, recipe, "disk")
     state = static["adapter"] + static["optimizer"]
     kept = (recipe.train.keep_checkpoints + 1) * state + static["adapter"]
-    merging = max(largest_linear * 2 * (FP32 + MERGED_DTYPE_BYTES), largest * 2 * MERGED_DTYPE_BYTES)
+    whole = largest_linear * (3 * value_bytes(recipe) + 1) if is_quantized(recipe) else 0
     training = total(peak_moment(shapes, recipe, device)[1])
     return {
         "load": _load(shapes, recipe, device, static),
         "train": Phase(training, away + offloaded_bytes(shapes, recipe, device), offloaded),
         "eval": Phase(max(map(total, evaluation.values())), away, 0),
         "save": Phase(total(static), away + state, kept),
-        "merge": Phase(0, merging, shapes.total_parameters * MERGED_DTYPE_BYTES),
+        "merge": Phase(0, static["adapter"] + whole + MERGE_TILES, shapes.total_parameters * MERGED_DTYPE_BYTES),
     }
 
 

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_kit.adapters.inject import inject, trainable_parameters
 from qlora_kit.adapters.store import save_adapter
 from qlora_kit.architectures import ARCHITECTURES
-from qlora_kit.base import nf4
+from qlora_kit.base import nf4, prequantized
 from qlora_kit.base.loader import load_base
 from qlora_kit.base.quantize_model import quantize_model
+from qlora_kit.base.shards import Shards, save_tensors
 from qlora_kit.errors import ModelError
 from qlora_kit.export.merge import merge_model
 from qlora_kit.recipe import Adapter, Model
@@ -234,3 +235,22 @@ def test_merging_onto_a_checkpoint_equals_merging_onto_the_dequantized_original(
     }
     with pytest.raises(ModelError, match="no original weights"):
         merge_model(tmp_path / "q", tmp_path / "a", tmp_path / "no", onto="original")
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("block", [64, 128])
+def test_rows_of_a_weight_are_those_of_the_whole(double_quant, block, tmp_path):
+    shape = (6, 256) if block == 64 else (6, 192)  # of 192 columns two rows share a block of 128
+    functional = nf4.bitsandbytes_functional()
+    codes, state = functional.quantize_4bit(
+        torch.randn(shape), blocksize=block, quant_type="nf4", compress_statistics=double_quant
+    )
+    stored = {"w.weight": codes} | {f"w.weight.{name}": part for name, part in state.as_dict(packed=True).items()}
+    save_tensors(tmp_path / "model.safetensors", stored)
+    shards, offset = Shards([tmp_path / "model.safetensors"]), state.offset.item() if double_quant else None
+    packed = prequantized.PackedWeight("w.weight", "nf4", block, shape, offset)
+    rows, whole = packed.rows(shards, torch.bfloat16), packed.dequantize(shards, torch.bfloat16)
+    if block == 128:
+        assert rows is None
+    else:
+        assert torch.equal(torch.cat([rows(0, 1), rows(1, 4), rows(4, 6)]), whole)

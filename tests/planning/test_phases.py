@@ -13,6 +13,7 @@ from qlora_kit.recipe import recipe_for_model
 GIB = 2**30
 SHAPES = model_shapes(*read_config("llama-3-70b"))
 CARD, CPU = Device("cuda", "card", 24 * GIB), Device("cpu", "cpu", 24 * GIB)
+LINEARS = [(8192, 8192), (8192, 1024), (8192, 1024), (8192, 8192), (8192, 28672), (8192, 28672), (28672, 8192)]
 STREAMED = ("memory.placement=disk", "memory.resident_blocks=10")
 
 
@@ -49,3 +50,10 @@ def test_beside_a_cpu_there_is_no_other_memory(phase: str) -> None:
     away = (*STREAMED, "memory.embeddings=disk", "memory.activation_offload=disk")
     assert planned(*away, device=CPU)[phase].host_bytes == 0
     assert planned(*away)[phase].host_bytes > 0
+
+
+def test_merging_holds_the_adapter_and_tiles_and_beside_four_bits_one_linear() -> None:
+    dense, packed = (planned(f"model.quantization={kind}")["merge"].host_bytes for kind in ("none", "nf4"))
+    adapter = sum(16 * (i + o) for i, o in LINEARS) * 80 * 2
+    assert dense == adapter + (80 << 20)
+    assert packed - dense == 28672 * 8192 * (3 * 2 + 1)
