@@ -8,6 +8,7 @@ Imports no torch: tensors arrive as buffers. Imported by recipe, planning, adapt
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -78,10 +79,16 @@ def past_cache(file: IO[bytes], piece_bytes: int = 8 << 20) -> Iterator[Callable
     running: Future[None] | None = None
 
     def put(piece: mmap.mmap, size_bytes: int) -> None:
+        nonlocal direct
         done = 0
         with memoryview(piece) as view:
             while done < size_bytes:
-                done += os.write(descriptor, view[done:size_bytes])
+                try:
+                    done += os.write(descriptor, view[done:size_bytes])
+                except OSError as problem:  # there are file systems that take the flag and then refuse the write
+                    if not direct or problem.errno != errno.EINVAL:
+                        raise
+                    direct = not _set_direct(descriptor, False)
         if not direct:
             os.fdatasync(descriptor)
 

@@ -419,6 +419,21 @@ def test_a_file_written_past_the_cache_holds_what_it_was_given(refused, size_byt
         assert written == [(PIECE, direct_writes)] * (size_bytes // PIECE) + rest
 
 
+def test_a_file_system_that_takes_the_flag_and_refuses_the_write_gets_the_file_through_the_cache(tmp_path, monkeypatch):
+    write = os.write
+
+    def refuse(descriptor, part):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return write(descriptor, part)
+
+    monkeypatch.setattr(os, "write", refuse)
+    data = os.urandom(3 * PIECE + 5)
+    with files.atomic_file(tmp_path / "target") as file, files.past_cache(file, PIECE) as put:
+        put(data)
+    assert (tmp_path / "target").read_bytes() == data
+
+
 def test_a_full_disk_past_the_cache_leaves_nothing(tmp_path, monkeypatch):
     def full(descriptor, part):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
