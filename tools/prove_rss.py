@@ -95,10 +95,11 @@ def run_case(case: Case, options: argparse.Namespace, folder: Path) -> dict[str,
     if not (model / "tokenizer.json").exists():
         write_tokenizer(model)
     data = folder / "data.jsonl"
-    values = {"data.seq_len": 512, "adapter.rank": options.rank} | case.values
+    values = {"data.seq_len": 512, "adapter.rank": options.rank, "train.grad_accumulation": 2} | case.values
+    values |= {"data.eval": str(data)} if case.lengths else {}  # evaluations, too, see rows of all lengths
     write_data(data, values["data.seq_len"], case.lengths)
     values |= {"model.quantization": "none" if case.dense else "nf4", "train.device": "cpu"}
-    values |= {"data.train": str(data), "data.eval": str(data), "data.format": "text", "train.steps": STEPS}
+    values |= {"data.train": str(data), "data.format": "text", "train.steps": STEPS}
     path, recipe, plan = write_recipe(folder, model, values, options.set)
     train(path, options.threads)
     memory = json.loads((Path(recipe.output) / "memory.json").read_text())
