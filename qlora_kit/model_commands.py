@@ -17,9 +17,9 @@ from qlora_kit.options import (
     AnyBase,
     AsJson,
     DType,
+    MergeOnto,
     ModelPath,
     NewTokens,
-    Onto,
     PlacementOption,
     Quantization,
     QuantType,
@@ -173,14 +173,16 @@ def merge(
     adapter: Annotated[Path, typer.Option(help="Adapter folder.")],
     out: Annotated[Path, typer.Option(help="New folder for the merged model.")],
     dtype: Annotated[
-        DType, typer.Option(help="Of the written weights; arithmetic is fp32, rounded once.")
-    ] = DType.float16,
+        DType | None,
+        typer.Option(help="Of the written weights, rounded once; default: float16, of `--onto 4bit` the base's."),
+    ] = None,
     onto: Annotated[
-        Onto,
+        MergeOnto,
         typer.Option(
-            help="original weights, their dequantized 4-bit copies, or auto: the better by --verify, else as trained."
+            help="original weights, their dequantized 4-bit copies, or auto: the better by --verify, else as trained; "
+            "4bit: the dequantized, quantized again, which takes much of a small update."
         ),
-    ] = Onto.auto,
+    ] = MergeOnto.auto,
     verify: Annotated[
         Path | None,
         typer.Option(help="Held-out jsonl: choose by it, reload with plain transformers, compare loss and logits."),
@@ -188,31 +190,28 @@ def merge(
     any_base: AnyBase = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a full-precision model: base + adapter, tensor by tensor.
+    """Write base + adapter as an ordinary model, tensor by tensor: in 16 or 32 bits, or in 4 again on demand.
 
     Memory stays at a few tensors, whatever the model; killed, the same command goes on. With `--verify` the folder
     gets its name only after its tensors were compared with base and adapter, and after plain transformers, in a fresh
     process, gave the live adapter model's loss and logits (else exit 4); `--onto auto` then chooses by held-out loss.
+    With `--onto 4bit` it reports what quantizing again did to loss and logits.
 
     Example: `qlora-kit merge --model models/m --adapter runs/r/adapter --out runs/r/merged --verify data/eval.jsonl`
     """
-    import dataclasses
-
-    from qlora_kit.export.choose import evidence
     from qlora_kit.export.merge import open_merge
     from qlora_kit.export.output import require_apart, require_replaceable, write_merged
     from qlora_kit.export.table import merge_table
 
     folder = model_folder(model)
     rows = None if verify is None else held_out_rows(folder, verify)
-    opened = open_merge(folder, adapter, dtype=dtype.value, onto=onto.value, any_base=any_base)
+    opened = open_merge(folder, adapter, dtype=dtype and dtype.value, onto=onto.value, any_base=any_base)
     require_apart(out, folder, adapter)
     require_replaceable(out)
-    opened = dataclasses.replace(opened, evidence=evidence(opened))
     if rows is None:
         report = write_merged(opened, out)
     else:
-        report = merge_proved(opened, out, rows, choose=onto is Onto.auto, any_base=any_base)
+        report = merge_proved(opened, out, rows, choose=onto is MergeOnto.auto, any_base=any_base)
     print_json(report.to_json()) if as_json else merge_table(report, out)
 
 
