@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_kit.commands import held_out_rows, load_model, merge_proved, model_folder, section
+from qlora_kit.commands import (
+    held_out_rows,
+    load_model,
+    merge_proved,
+    model_folder,
+    section,
+    tokenizer_of,
+    warn_of_other_quantization,
+)
 from qlora_kit.options import (
     Adapters,
     AnyBase,
@@ -53,15 +61,17 @@ def evaluate(
     Example: `qlora-kit eval --model models/m --adapter runs/r/adapter --data data/eval.jsonl`
     """
     from qlora_kit.data.batches import eval_batches
-    from qlora_kit.data.tokenize import load_examples, load_tokenizer
+    from qlora_kit.data.tokenize import load_examples
     from qlora_kit.planning.components import AUTO_LOSS_CHUNK_TOKENS
     from qlora_kit.recipe import Data
     from qlora_kit.training.evaluate import evaluate as run_evaluation
 
     settings = section(Data, train=str(data), format=format, learn=learn, seq_len=seq_len)
-    examples, _ = load_examples(data, settings, load_tokenizer(model_folder(model)))
+    adapters = [adapter] if adapter else []
+    examples, _ = load_examples(data, settings, tokenizer_of(model_folder(model), adapters))
     batches = eval_batches(examples, micro_batch=1, seq_len=seq_len, packing=True, pad_id=0)
-    base = load_model(model, [adapter] if adapter else [], quantization, any_base, placement)
+    base = load_model(model, adapters, quantization, any_base, placement)
+    warn_of_other_quantization(base, adapters)
     evaluation = run_evaluation(base, batches, AUTO_LOSS_CHUNK_TOKENS)
     if as_json:
         print_json(evaluation.to_json())
@@ -101,12 +111,12 @@ def generate(
 
     from qlora_kit.base.loader import held_weights
     from qlora_kit.chat import say
-    from qlora_kit.data.tokenize import load_tokenizer
     from qlora_kit.generation import Sampling, answer
 
-    tokenizer = load_tokenizer(model_folder(model))
     folders = list(adapter or [])
+    tokenizer = tokenizer_of(model_folder(model), folders)
     base = load_model(model, folders, quantization, any_base, placement, add_up=False)
+    warn_of_other_quantization(base, folders)
     messages = [{"role": "system", "content": system}] if system else []
     asked = [text if raw else [*messages, {"role": "user", "content": text}] for text in prompt]
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
@@ -159,11 +169,12 @@ def chat(
     """
     from qlora_kit.chat import chat as run_chat
     from qlora_kit.chat import say, typed_lines
-    from qlora_kit.data.tokenize import load_tokenizer
     from qlora_kit.generation import Sampling
 
-    tokenizer = load_tokenizer(model_folder(model))
-    base = load_model(model, list(adapter or []), quantization, any_base, placement)
+    folders = list(adapter or [])
+    tokenizer = tokenizer_of(model_folder(model), folders)
+    base = load_model(model, folders, quantization, any_base, placement)
+    warn_of_other_quantization(base, folders)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     run_chat(base, tokenizer, typed_lines(), say, sampling, system=system)
 
@@ -204,7 +215,7 @@ def merge(
     from qlora_kit.export.table import merge_table
 
     folder = model_folder(model)
-    rows = None if verify is None else held_out_rows(folder, verify)
+    rows = None if verify is None else held_out_rows(folder, verify, adapter)
     opened = open_merge(folder, adapter, dtype=dtype and dtype.value, onto=onto.value, any_base=any_base)
     require_apart(out, folder, adapter)
     require_replaceable(out)

@@ -5,8 +5,9 @@
 
 How: the copy reads every byte of the base once, writes as many as the merge does, and syncs; its rate is the disk's.
 Memory is the most that was resident, less what was when the imports were done. `kit` is what `qlora-kit merge` does
-without --verify, evidence for the report included; how much of it is evidence has a row of its own. peft's way is `from_pretrained` in bf16,
-`merge_and_unload` and `save_pretrained`, which does not sync: the tool does so before the clock stops.
+without --verify, evidence for the report included; how much of it is evidence has a row of its own. peft's way is
+`from_pretrained` in bf16, `merge_and_unload` and `save_pretrained`, which does not sync: the tool does so before the
+clock stops.
 Imported by nobody.
 """
 

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from qlora_kit import files
-from qlora_kit.base.companions import carry
+from qlora_kit.adapter_files import has_tokenizer
+from qlora_kit.base.companions import GENERATION, TOKENIZER, carry
 from qlora_kit.base.quantize_model import SHARD_BYTES, Layout, size_bytes, split, write_index
 from qlora_kit.base.shards import DTYPE_NAMES, bytes_of
 from qlora_kit.console import note, progress
@@ -292,14 +293,13 @@ def in_order(jobs: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
 
 
 def _write_companions(folder: Path, merge: Merge) -> None:
-    """Tokenizer and its kin as they are; the config with the new dtype and without a trace of quantization."""
+    """Tokenizer and its kin as they are, the adapter's own if it has one; the config as the new weights are."""
     dropped = ("quantization_config", "torch_dtype")
     kept = {key: value for key, value in merge.base.config.items() if key not in dropped} | merge.layout.config
     packed = merge.requantized.config if merge.requantized else {}
     files.write_json(folder / "config.json", kept | {"dtype": str(merge.dtype).removeprefix("torch.")} | packed)
-    carry(merge.base.folder, folder)
-    if "vocab_size" in merge.layout.config:  # the added tokens are known to the tokenizer beside the adapter
-        carry(merge.adapter, folder)
+    carry(merge.base.folder, folder, GENERATION)
+    carry(merge.adapter if has_tokenizer(merge.adapter) else merge.base.folder, folder, TOKENIZER)
 
 
 def _report(merge: Merge, folder: Path, digests: dict[str, str], proof: dict[str, Any] | None) -> MergeReport:
