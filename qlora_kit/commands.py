@@ -141,12 +141,13 @@ def load_model(
     record = provenance(Path(adapters[0])) if adapters else {}
     config, source = read_config(str(folder))
     stored_dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    stored_kind = (config.get("quantization_config") or {}).get("bnb_4bit_quant_type", "none")
     if stored_dtype == "float16" and pick_device().type == "cpu":
         stored_dtype = "float32"  # the same values; products in fp16 are slow on CPUs
     try:
         settings = Model(
             path=str(folder),
-            quantization=record.get("quantization", "none") if quantization == "auto" else quantization,  # type: ignore[arg-type]
+            quantization=record.get("quantization", stored_kind) if quantization == "auto" else quantization,  # type: ignore[arg-type]
             double_quant=record.get("double_quant", True),
             dtype=record.get("dtype", stored_dtype),
         )

@@ -191,7 +191,7 @@ def merge(
         MergeOnto,
         typer.Option(
             help="original weights, their dequantized 4-bit copies, or auto: the better by --verify, else as trained; "
-            "4bit: the dequantized, quantized again, which takes much of a small update."
+            "4bit: the original, and the sum quantized as the base is, which is another model than the trained one."
         ),
     ] = MergeOnto.auto,
     verify: Annotated[

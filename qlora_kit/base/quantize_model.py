@@ -161,9 +161,6 @@ class Writer:
     def _layout(self, name: str) -> Layout:
         return packed_layout(name, math.prod(self.linears[name]), self.settings)
 
-    def _weight(self, name: str) -> Tensor:
-        return self.shards.read(name)
-
     def _rounded(self, name: str, value: Tensor) -> Tensor:
         rounded = value.to(self.settings.dtype)
         # A sum is finite only if all its terms are, and takes a sixtieth of the time of looking at each.
@@ -176,7 +173,7 @@ class Writer:
 
     def _quantized(self, name: str) -> dict[str, Tensor]:
         """The parts of a weight, quantized as [O, I], which is how transformers saves Conv1D layers too."""
-        weight = self._rounded(name, self._weight(name))
+        weight = self._rounded(name, self.shards.read(name))
         weight = weight.t() if self.architecture.transposed else weight
         stored = nf4.quantize(weight, self.settings.quant_type, self.settings.double_quant)
         offset = stored["absmax_offset"].item() if self.settings.double_quant else 0.0

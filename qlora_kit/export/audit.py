@@ -35,6 +35,7 @@ def audit(folder: Path, merge: Merge) -> dict[str, int]:
     """
     _audit_config(folder, merge)
     merged, base = _opened(folder, merge), merge.weights
+    trained = merge.base.weights("dequantized", merge.quantization) if merge.requantized else base
     wanted = merge.layout.entries.keys() if merge.requantized is None else set(merge.requantized.names)
     if other := merged.entries.keys() ^ wanted:
         raise ModelError(f"{folder}: tensor {min(other)!r} is in only one of base and merged model; do not use it")
@@ -47,7 +48,8 @@ def audit(folder: Path, merge: Merge) -> dict[str, int]:
             counts["changed"] += 1
             continue
         target = merge.linear(name) in targets and name.endswith(".weight")
-        changed = not torch.equal(_rounded(before, merge.dtype), after)
+        stays = before if trained is base else trained.read(merge.layout.sources.get(name, name))
+        changed = not torch.equal(_rounded(stays, merge.dtype), after)
         lost_in_rounding = target and not changed and merge.requantized is not None  # in evidence, and no fault
         if target != changed and not lost_in_rounding:
             raise ModelError(f"{folder}: tensor {name!r} {_fault(target, merge)}; do not use it")

@@ -38,7 +38,7 @@ def evidence(merge: Merge) -> dict[str, Any]:
     and of a model that is quantized again:
 
     `requantization_error`  norm of (what was written - the exact sum) over that of the update
-    `surviving`             how far the weights moved along the update, over its length: 1 is all of it, 0 nothing
+    `surviving`             how far quantized weights moved along the update, over its length: 1 all of it, 0 nothing
     `unchanged`             share of weights that keep the base's 4-bit code
     """
     found = {name: row for name in merge.weights.entries if (row := _evidence(merge, name)) is not None}
@@ -56,8 +56,7 @@ def _evidence(merge: Merge, name: str) -> Row | None:
     if branch is None or branch.magnitude is not None:
         return None
     transposed = merge.base.shapes.architecture.transposed
-    stored = merge.weights if merge.base.packed is not None or merge.onto == FOUR_BITS else merge.base.stored
-    before = _sample(stored, name)
+    before = _sample(merge.weights if merge.base.packed is not None else merge.base.stored, name)
     update = _update(branch, len(before), transposed)
     if merge.onto == FOUR_BITS:
         before, update = (value.t().contiguous() if transposed else value for value in (before, update))
@@ -85,17 +84,17 @@ def _update(branch: StoredBranch, rows: int, transposed: bool) -> Tensor:
 
 
 def _requantized(before: Tensor, update: Tensor, quantization: Quantization) -> Row:
-    """Of a sample [O, I] of the dequantized base."""
+    """Of a sample [O, I] of the base, original or dequantized."""
     length = update.square().sum().item()
     if length == 0.0:
         return {"requantization_error": None, "surviving": None, "unchanged": 1.0}
     exact = before.double() + update
-    after = quantization.quantized(round_once(exact, quantization.dtype))
-    moved = quantization.dequantized(after, tuple(before.shape)).double()
+    stored = [quantization.quantized(value) for value in (before, round_once(exact, quantization.dtype))]
+    trained, written = (quantization.dequantized(parts, tuple(before.shape)).double() for parts in stored)
     return {
-        "requantization_error": (moved - exact).norm().item() / length**0.5,
-        "surviving": ((moved - before.double()) * update).sum().item() / length,
-        "unchanged": _same_codes(after["codes"], quantization.quantized(before)["codes"]),
+        "requantization_error": (written - exact).norm().item() / length**0.5,
+        "surviving": ((written - trained) * update).sum().item() / length,
+        "unchanged": _same_codes(*(parts["codes"] for parts in stored)),
     }
 
 

@@ -1,9 +1,10 @@
 """A merged model quantized again as its base is: a 4-bit checkpoint that this kit and plain transformers load.
 
-Why only on demand: two neighbouring levels of 4 bits are as a rule further apart than an update is long, so most of it
-is rounded away; `evidence` says how much, the proof what that does to the loss. How: the writer of `quantize` over the
-merged weights, in the base's own settings; a linear that the adapter leaves alone keeps the base's codes, bit for bit,
-which quantizing a dequantized weight again would not give. Imported by: merge.
+Why only on demand: it is another model than the one that was trained; `evidence` and the proof say how far. How: the
+writer of `quantize` over the merged weights, in the base's own settings. The update is added to the original weights
+where there are any: these lie anywhere between two levels, so that of many a part crosses over and the update survives
+as a whole. A dequantized weight lies on its level, half a step from the next, and a small update moves hardly one. A
+linear that the adapter leaves alone is the base's, bit for bit. Imported by: merge.
 """
 
 from __future__ import annotations
@@ -47,17 +48,11 @@ class Requantized(Writer):
         write_tensors(path, layout, self.produce, {"format": "pt"})
         return files.sha256(path)
 
-    def _weight(self, name: str) -> Tensor:
-        """A linear's weight; of one that stays, the base's before it was quantized."""
-        return (self._merge.base.stored if self._stays(name) else self.shards).read(name)
-
     def _quantized(self, name: str) -> dict[str, Tensor]:
+        """The parts of a weight; as the files have them where it stays: quantized twice, they would be others."""
         packed = self._merge.base.packed
-        if packed is None or not self._stays(name):
+        if packed is None or self._merge.update(name) is not None:
             return super()._quantized(name)
         weight = packed[self.architecture.name_in_model(name) or name]
         kept = {part: self._merge.base.stored.read(part) for part in self._layout(name) if STATE not in part}
         return tables(name, weight.shape, self.settings, weight.offset or 0.0) | kept
-
-    def _stays(self, name: str) -> bool:
-        return self._merge.update(name) is None

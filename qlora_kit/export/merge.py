@@ -102,8 +102,8 @@ def open_merge(
 
     Args:
         dtype: of the output; default: float16, of `4bit` the base's own.
-        onto: `original` weights, their `dequantized` 4-bit copies, `4bit`: these, and quantized again, or `auto`: what
-            the adapter was trained beside.
+        onto: `original` weights, their `dequantized` 4-bit copies, `4bit`: the sum quantized as the base is, or
+            `auto`: what the adapter was trained beside.
         any_base: accept a base that is not the one the adapter records.
     Raises: ModelError: they do not, or the weights to merge onto cannot be had. RecipeError: a `dtype` that 4 bits
         do not leave open.

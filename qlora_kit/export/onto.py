@@ -1,7 +1,7 @@
 """The weights that an update is added to: the original ones, or their 4-bit copies dequantized, tensor by tensor.
 
 Both are read as an ordinary checkpoint (`Shards`), so that merging does not know which it has. A base that is a 4-bit
-checkpoint has only the second. What is to be quantized again is added to the second too.
+checkpoint has only the second.
 Imported by: merge, four_bits, evidence, audit.
 """
 
@@ -17,10 +17,11 @@ from torch import Tensor
 from qlora_kit.base import nf4
 from qlora_kit.base.prequantized import DequantizedShards, PackedWeight, packed_weights
 from qlora_kit.base.shards import Shards, find_shards
+from qlora_kit.console import note
 from qlora_kit.errors import ModelError
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
 
-FOUR_BITS = "4bit"  # onto the dequantized copies, then quantized again
+FOUR_BITS = "4bit"  # onto the original weights where there are any, and quantized again
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,10 @@ class BaseFiles:
         if onto == "auto":
             return "dequantized" if quantized else "original"
         if onto == "dequantized" and not quantized:
-            raise ModelError(f"{adapter}: does not record a 4-bit base; merge with --onto original")
+            raise ModelError(
+                f"{adapter}: does not record a 4-bit base; merge with --onto original, or, if it was trained beside "
+                "one elsewhere, give that as --model (`qlora-kit quantize` writes it)"
+            )
         return onto
 
     def quantization_again(self, recorded: Quantization, adapter: Path) -> Quantization:
@@ -131,8 +135,8 @@ class BaseFiles:
         if self.packed is None:
             if recorded.quant_type == "none":
                 raise ModelError(
-                    f"{adapter}: does not record a 4-bit base, so there is nothing to quantize again as; merge with "
-                    "--onto original, then run `qlora-kit quantize` on the result"
+                    f"{adapter}: does not record a 4-bit base to be quantized like; merge with --onto original "
+                    "--dtype bfloat16, then run `qlora-kit quantize` on the result"
                 )
             return recorded
         linears = {name for name, _ in self.shapes.linear_weights}
@@ -150,10 +154,11 @@ class BaseFiles:
                 f"{self.folder}: quantized in {len(found)} ways, the first with blocks of {block}; --onto 4bit writes "
                 f"one way, with blocks of {nf4.BLOCK}; merge with --onto dequantized, then run `qlora-kit quantize`"
             )
+        note(f"{self.folder}: given the original weights instead, more of the update would survive 4 bits")
         return Quantization(quant_type, double_quant, recorded.dtype)
 
     def weights(self, onto: str, quantization: Quantization) -> Shards:
         """The base under the names of an ordinary checkpoint; `onto` as `resolve` gave it."""
         if self.packed is not None:
             return DequantizedShards(self.stored, self.packed, self.shapes.architecture, quantization.dtype)
-        return self.stored if onto == "original" else ThroughFourBits(self.stored, self.shapes, quantization)
+        return ThroughFourBits(self.stored, self.shapes, quantization) if onto == "dequantized" else self.stored

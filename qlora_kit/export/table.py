@@ -22,8 +22,8 @@ def merge_table(report: MergeReport, out: Path) -> None:
 
 
 def _rows(report: MergeReport, out: Path) -> list[tuple[str, str]]:
-    onto = "dequantized weights and quantized again" if report.onto == FOUR_BITS else f"{report.onto} weights"
-    tensors = f"{report.merged_tensors} tensors merged onto the {onto}, {report.copied_tensors} copied"
+    onto = "and quantized again" if report.onto == FOUR_BITS else f"onto the {report.onto} weights"
+    tensors = f"{report.merged_tensors} tensors merged {onto}, {report.copied_tensors} copied"
     rows = [("merged", f"{out}: {format_bytes(report.bytes_written)} {report.dtype}, {tensors}")]
     rows += _evidence_rows(report.evidence["median"], report.dtype)
     if report.proof is not None:

@@ -79,25 +79,28 @@ def test_a_target_is_quantized_from_the_sum_and_all_else_is_what_training_saw(pa
     merge_model(folder, adapter, tmp_path / "m", onto="4bit")
     trained, again = (load_base(Model(path=str(path), quantization="nf4")) for path in (folder, tmp_path / "m"))
     load_adapter(trained, adapter)
-    changed = branches(trained)
+    changed, merge = branches(trained), open_merge(folder, adapter, onto="4bit")
     for name, linear in trained.linears().items():
         weight, found = linear.weight(), again.linears()[name].weight()
         if name in changed:
             update = changed[name].scale * changed[name].lora_B.double() @ changed[name].lora_A.double()
-            merge = open_merge(folder, adapter, onto="4bit")
-            assert torch.equal(found, merge.quantization.through((weight.double() + update).bfloat16()))
+            original = merge.base.stored.read(f"{name}.weight").double()
+            original = original.t() if trained.architecture.transposed else original
+            assert torch.equal(found, merge.quantization.through((original + update).bfloat16()))
         else:
             assert torch.equal(found, weight)
 
 
-def test_from_a_4_bit_checkpoint_the_files_are_those_from_its_original(pair, tmp_path):
+def test_from_a_4_bit_checkpoint_all_but_the_targets_are_its_own_bytes(pair, tmp_path):
     folder, adapter = pair
     quantize_model(folder, tmp_path / "q")
-    for base, out in ((folder, "one"), (tmp_path / "q", "two")):
-        merge_model(base, adapter, tmp_path / out, onto="4bit")
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    merge_model(tmp_path / "q", adapter, tmp_path / "m", onto="4bit")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("q", "m"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    targets = [name for name in audit_names(*pair) if open_merge(*pair).update(name)]
+    assert len(targets) == 4
+    assert {name.partition(".weight")[0] for name in changed} == {name.removesuffix(".weight") for name in targets}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -177,7 +180,7 @@ def test_what_4_bits_cannot_be_is_refused(tiny_model, tmp_path):
     assert open_merge(folder, adapter, dtype="bfloat16", onto="4bit").dtype == torch.bfloat16
     train(folder, tmp_path / "plain", quantization="none")
     with pytest.raises(
-        ModelError, match=r"does not record a 4-bit base.*--onto original, then run `qlora-kit quantize"
+        ModelError, match=r"does not record a 4-bit base.*--onto original --dtype bfloat16, then run `qlora-kit qu"
     ):
         open_merge(folder, tmp_path / "plain", onto="4bit")
 
