@@ -22,7 +22,7 @@ from qlora_kit.export.rounding import round_once
 if TYPE_CHECKING:
     from qlora_kit.export.merge import Merge
 
-SAMPLE = 1 << 20  # elements of a weight that evidence is taken from: its first rows
+SAMPLE = 1 << 18  # elements of a weight that evidence is taken from: its first rows
 SAMPLE_ROWS = 64  # a multiple of them: blocks of 64 stay whole, also in weights that are stored transposed
 
 Row = dict[str, float | None]
