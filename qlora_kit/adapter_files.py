@@ -3,7 +3,8 @@
 Why: `plan` and `train` must know an adapter that a recipe starts from before anything heavy is loaded, and the readers
 of its tensors (`adapters.store`) must take its scales by the same rules.
 How: `read_config` refuses by field what would change the product and is not built here; `scale_of` is PEFT's rule;
-`trainable` says what of an adapter a recipe can take over. Imports no torch. Imported by recipe, adapters.
+`trainable` says what of an adapter a recipe can take over. Imports no torch. Imported by recipe, adapters, export,
+commands.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from qlora_kit.errors import ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TOKENIZER = "tokenizer.json"
 PREFIX = "base_model.model."
 PAIR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")  # linear, and which of its two
 HEADER_BYTES_LIMIT = 100 << 20  # safetensors' own
@@ -34,6 +36,11 @@ OFF: dict[str, tuple[Any, ...]] = {
 }
 # Initialisations that also change the base's weights; PEFT repeats the change when it loads such an adapter.
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies beside the adapter: the one that it was trained with, added tokens and template too."""
+    return (folder / TOKENIZER).is_file()
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Heavy imports stand inside the functions, so that `plan` and `--help` never impo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,12 +141,13 @@ def load_model(
     record = provenance(Path(adapters[0])) if adapters else {}
     config, source = read_config(str(folder))
     stored_dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    stored_kind = (config.get("quantization_config") or {}).get("bnb_4bit_quant_type", "none")
     if stored_dtype == "float16" and pick_device().type == "cpu":
         stored_dtype = "float32"  # the same values; products in fp16 are slow on CPUs
     try:
         settings = Model(
             path=str(folder),
-            quantization=record.get("quantization", "none") if quantization == "auto" else quantization,  # type: ignore[arg-type]
+            quantization=record.get("quantization", stored_kind) if quantization == "auto" else quantization,  # type: ignore[arg-type]
             double_quant=record.get("double_quant", True),
             dtype=record.get("dtype", stored_dtype),
         )
@@ -190,13 +192,66 @@ def section(kind: Any, **values: Any) -> Any:
         raise RecipeError(f"--{option}: {first['msg'].lower()}, found {first['input']!r}") from None
 
 
-def held_out_rows(folder: Path, data: Path) -> Any:
+def tokenizer_of(folder: Path, adapters: Sequence[str | Path]) -> Any:
+    """The tokenizer beside the adapters, where tokens were added; else the model's.
+
+    Raises: ModelError: it cannot be loaded, or two adapters were trained with different ones.
+    """
+    from qlora_kit.adapter_files import has_tokenizer
+    from qlora_kit.data.tokenize import load_tokenizer
+    from qlora_kit.errors import ModelError
+
+    places = {Path(adapter): Path(adapter) if has_tokenizer(Path(adapter)) else folder for adapter in adapters}
+    loaded = {place: load_tokenizer(place) for place in dict.fromkeys([*places.values()] or [folder])}
+    first = next(iter(places), folder)
+    tokenizer = loaded[places.get(first, folder)]
+    for adapter, place in places.items():
+        if difference := _difference(tokenizer, loaded[place]):
+            raise ModelError(
+                f"{first} and {adapter}: their tokenizers differ ({difference}), so one text would be other tokens to "
+                "each; use them one at a time"
+            )
+    return tokenizer
+
+
+def _difference(one: Any, other: Any) -> str | None:
+    """What two tokenizers differ in, of what a prompt or an answer shows."""
+    if one.get_vocab() != other.get_vocab():
+        return "vocabulary"
+    if one.chat_template != other.chat_template:
+        return "chat template"
+    return "end token" if one.eos_token_id != other.eos_token_id else None
+
+
+def warn_of_other_quantization(base: Base, adapters: Sequence[str]) -> None:
+    """Say which adapters were trained beside another quantization than the base has now; PEFT's record none."""
+    from qlora_kit.adapters.store import provenance
+    from qlora_kit.console import warn
+
+    now = _quantization(base.settings.quantization, base.settings.double_quant)
+    for adapter in adapters:
+        record = provenance(Path(adapter))
+        then = _quantization(record.get("quantization"), record.get("double_quant", True))
+        if record.get("quantization") and then != now:
+            warn(
+                f"{adapter}: trained beside a base in {then}, this one is in {now}; answers can differ from training's"
+            )
+
+
+def _quantization(quant_type: str | None, double_quant: bool) -> str:
+    if quant_type == "none":
+        return "16 or 32 bits"
+    return f"{quant_type} with double quantization" if double_quant else f"{quant_type}"
+
+
+def held_out_rows(folder: Path, data: Path, adapter: Path) -> Any:
     """Ids and targets of held-out documents. Raises: DataError: a line cannot be used."""
-    from qlora_kit.data.tokenize import load_examples, load_tokenizer
+    from qlora_kit.data.tokenize import load_examples
     from qlora_kit.export.verify import rows_of
     from qlora_kit.recipe import Data
 
-    return rows_of(load_examples(data, Data(train=str(data), seq_len=2048), load_tokenizer(folder))[0])
+    tokenizer = tokenizer_of(folder, [adapter])
+    return rows_of(load_examples(data, Data(train=str(data), seq_len=2048), tokenizer)[0])
 
 
 def merge_proved(merge: Merge, out: Path, rows: Any, *, choose: bool, any_base: bool) -> MergeReport:

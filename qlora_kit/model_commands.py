@@ -11,15 +11,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_kit.commands import held_out_rows, load_model, merge_proved, model_folder, section
+from qlora_kit.commands import (
+    held_out_rows,
+    load_model,
+    merge_proved,
+    model_folder,
+    section,
+    tokenizer_of,
+    warn_of_other_quantization,
+)
 from qlora_kit.options import (
     Adapters,
     AnyBase,
     AsJson,
     DType,
+    MergeOnto,
     ModelPath,
     NewTokens,
-    Onto,
     PlacementOption,
     Quantization,
     QuantType,
@@ -53,15 +61,17 @@ def evaluate(
     Example: `qlora-kit eval --model models/m --adapter runs/r/adapter --data data/eval.jsonl`
     """
     from qlora_kit.data.batches import eval_batches
-    from qlora_kit.data.tokenize import load_examples, load_tokenizer
+    from qlora_kit.data.tokenize import load_examples
     from qlora_kit.planning.components import AUTO_LOSS_CHUNK_TOKENS
     from qlora_kit.recipe import Data
     from qlora_kit.training.evaluate import evaluate as run_evaluation
 
     settings = section(Data, train=str(data), format=format, learn=learn, seq_len=seq_len)
-    examples, _ = load_examples(data, settings, load_tokenizer(model_folder(model)))
+    adapters = [adapter] if adapter else []
+    examples, _ = load_examples(data, settings, tokenizer_of(model_folder(model), adapters))
     batches = eval_batches(examples, micro_batch=1, seq_len=seq_len, packing=True, pad_id=0)
-    base = load_model(model, [adapter] if adapter else [], quantization, any_base, placement)
+    base = load_model(model, adapters, quantization, any_base, placement)
+    warn_of_other_quantization(base, adapters)
     evaluation = run_evaluation(base, batches, AUTO_LOSS_CHUNK_TOKENS)
     if as_json:
         print_json(evaluation.to_json())
@@ -101,12 +111,12 @@ def generate(
 
     from qlora_kit.base.loader import held_weights
     from qlora_kit.chat import say
-    from qlora_kit.data.tokenize import load_tokenizer
     from qlora_kit.generation import Sampling, answer
 
-    tokenizer = load_tokenizer(model_folder(model))
     folders = list(adapter or [])
+    tokenizer = tokenizer_of(model_folder(model), folders)
     base = load_model(model, folders, quantization, any_base, placement, add_up=False)
+    warn_of_other_quantization(base, folders)
     messages = [{"role": "system", "content": system}] if system else []
     asked = [text if raw else [*messages, {"role": "user", "content": text}] for text in prompt]
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
@@ -159,11 +169,12 @@ def chat(
     """
     from qlora_kit.chat import chat as run_chat
     from qlora_kit.chat import say, typed_lines
-    from qlora_kit.data.tokenize import load_tokenizer
     from qlora_kit.generation import Sampling
 
-    tokenizer = load_tokenizer(model_folder(model))
-    base = load_model(model, list(adapter or []), quantization, any_base, placement)
+    folders = list(adapter or [])
+    tokenizer = tokenizer_of(model_folder(model), folders)
+    base = load_model(model, folders, quantization, any_base, placement)
+    warn_of_other_quantization(base, folders)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     run_chat(base, tokenizer, typed_lines(), say, sampling, system=system)
 
@@ -173,14 +184,16 @@ def merge(
     adapter: Annotated[Path, typer.Option(help="Adapter folder.")],
     out: Annotated[Path, typer.Option(help="New folder for the merged model.")],
     dtype: Annotated[
-        DType, typer.Option(help="Of the written weights; arithmetic is fp32, rounded once.")
-    ] = DType.float16,
+        DType | None,
+        typer.Option(help="Of the written weights, rounded once; default: float16, of `--onto 4bit` the base's."),
+    ] = None,
     onto: Annotated[
-        Onto,
+        MergeOnto,
         typer.Option(
-            help="original weights, their dequantized 4-bit copies, or auto: the better by --verify, else as trained."
+            help="original weights, their dequantized 4-bit copies, or auto: the better by --verify, else as trained; "
+            "4bit: the original, and the sum quantized as the base is, which is another model than the trained one."
         ),
-    ] = Onto.auto,
+    ] = MergeOnto.auto,
     verify: Annotated[
         Path | None,
         typer.Option(help="Held-out jsonl: choose by it, reload with plain transformers, compare loss and logits."),
@@ -188,31 +201,28 @@ def merge(
     any_base: AnyBase = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a full-precision model: base + adapter, tensor by tensor.
+    """Write base + adapter as an ordinary model, tensor by tensor: in 16 or 32 bits, or in 4 again on demand.
 
     Memory stays at a few tensors, whatever the model; killed, the same command goes on. With `--verify` the folder
     gets its name only after its tensors were compared with base and adapter, and after plain transformers, in a fresh
     process, gave the live adapter model's loss and logits (else exit 4); `--onto auto` then chooses by held-out loss.
+    With `--onto 4bit` it reports what quantizing again did to loss and logits.
 
     Example: `qlora-kit merge --model models/m --adapter runs/r/adapter --out runs/r/merged --verify data/eval.jsonl`
     """
-    import dataclasses
-
-    from qlora_kit.export.choose import evidence
     from qlora_kit.export.merge import open_merge
     from qlora_kit.export.output import require_apart, require_replaceable, write_merged
     from qlora_kit.export.table import merge_table
 
     folder = model_folder(model)
-    rows = None if verify is None else held_out_rows(folder, verify)
-    opened = open_merge(folder, adapter, dtype=dtype.value, onto=onto.value, any_base=any_base)
+    rows = None if verify is None else held_out_rows(folder, verify, adapter)
+    opened = open_merge(folder, adapter, dtype=dtype and dtype.value, onto=onto.value, any_base=any_base)
     require_apart(out, folder, adapter)
     require_replaceable(out)
-    opened = dataclasses.replace(opened, evidence=evidence(opened))
     if rows is None:
         report = write_merged(opened, out)
     else:
-        report = merge_proved(opened, out, rows, choose=onto is Onto.auto, any_base=any_base)
+        report = merge_proved(opened, out, rows, choose=onto is MergeOnto.auto, any_base=any_base)
     print_json(report.to_json()) if as_json else merge_table(report, out)
 
 

@@ -63,6 +63,15 @@ class Onto(str, Enum):
     dequantized = "dequantized"
 
 
+class MergeOnto(str, Enum):
+    """The same, and what `merge` can do besides."""
+
+    auto = "auto"
+    original = "original"
+    dequantized = "dequantized"
+    four_bits = "4bit"
+
+
 def print_json(value: Any) -> None:
     """One JSON object on stdout, in one line. Raises: ValueError: NaN or infinity, which other readers refuse."""
     print(json.dumps(value, allow_nan=False))

@@ -49,7 +49,7 @@ CONTRACT = {
 }
 MERGE_CHOICES = [
     *[("--dtype", choice) for choice in ("float16", "bfloat16", "float32")],
-    *[("--onto", choice) for choice in ("auto", "original", "dequantized")],
+    *[("--onto", choice) for choice in ("auto", "original", "dequantized", "4bit")],
 ]
 COMPONENTS = (
     "base_nf4 quant_constants base_unquantized adapter gradients optimizer activations logits workspace runtime"

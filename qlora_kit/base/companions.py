@@ -1,6 +1,6 @@
 """What a model folder holds besides weights and config, and goes with them wherever they are rewritten.
 
-Imported by: base.prequantized, export.merge.
+Imported by: base.quantize_model, export.output.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from pathlib import Path
 
 from qlora_kit import files
 
-# Tokenizer, chat template, generation settings.
-CARRIED = (
+GENERATION = ("generation_config.json",)
+TOKENIZER = (  # and chat template
     "tokenizer*",
     "*.jinja",
-    "generation_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
@@ -22,9 +21,9 @@ CARRIED = (
 )
 
 
-def carry(folder: Path, out: Path) -> None:
+def carry(folder: Path, out: Path, patterns: tuple[str, ...] = TOKENIZER + GENERATION) -> None:
     """Copy them from a model's folder into another, durably."""
-    for pattern in CARRIED:
+    for pattern in patterns:
         for path in folder.glob(pattern):
             if path.is_file():
                 files.write_bytes(out / path.name, path.read_bytes())

@@ -4,7 +4,8 @@ Why: quantizing a 70B takes minutes, and reading its 140 GB longer; a checkpoint
 How: the linears of the decoder blocks are quantized, exactly as `train` would, and written as `prequantized` describes;
 all other tensors are copied in the dtype of computation. The original's fingerprint goes into the files' metadata, so
 that an adapter knows its base in either form. The folder appears only when it is whole.
-Imported by: the `quantize` command, training.loop, tools/random_base.py (the layout alone).
+Imported by: the `quantize` command, export.four_bits, export.output (how files are cut), training.loop,
+tools/random_base.py (the layout alone).
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def quantize_model(
         raise ModelError(f"{source}: quantization_config: already quantized; give the original model")
     shapes, shards = model_shapes(config, source), Shards(find_shards(model))
     settings = Settings(quant_type, double_quant, getattr(torch, dtype))
-    writer = _Writer(shards, shapes, settings)
+    writer = Writer(shards, shapes, settings)
     shard_layouts = split(writer.layouts(), SHARD_BYTES)
     total = sum(map(size_bytes, shard_layouts.values()))
     files.require_free_space(out, total, "the 4-bit checkpoint")
@@ -115,7 +116,7 @@ def quantize_model(
     )
 
 
-class _Writer:
+class Writer:
     """Lays out and produces the tensors of the checkpoint, which keep the names that the base's files have."""
 
     def __init__(self, shards: Shards, shapes: ModelShapes, settings: Settings) -> None:
@@ -143,7 +144,7 @@ class _Writer:
                 if entry.shape != self.linears[name]:
                     expected = list(self.linears[name])
                     raise ModelError(f"{entry.path}: {name}: shape {list(entry.shape)}, the config asks for {expected}")
-                yield packed_layout(name, math.prod(self.linears[name]), self.settings)
+                yield self._layout(name)
             else:
                 yield {name: (self.settings.dtype if entry.dtype.is_floating_point else entry.dtype, entry.shape)}
 
@@ -156,6 +157,9 @@ class _Writer:
             return self._rounded(name, value) if value.is_floating_point() else value
         self._made = self._quantized(name.rpartition(".")[0])  # the first part in the layout is no state
         return self._made.pop(name)
+
+    def _layout(self, name: str) -> Layout:
+        return packed_layout(name, math.prod(self.linears[name]), self.settings)
 
     def _rounded(self, name: str, value: Tensor) -> Tensor:
         rounded = value.to(self.settings.dtype)
@@ -243,7 +247,7 @@ def _joined(layouts: list[Layout]) -> Layout:
     return {name: value for layout in quantized for name, value in layout.items()} | dict(dense)
 
 
-def _write_shards(folder: Path, writer: _Writer, layouts: Mapping[str, Layout], metadata: dict[str, str]) -> None:
+def _write_shards(folder: Path, writer: Writer, layouts: Mapping[str, Layout], metadata: dict[str, str]) -> None:
     """The files, and their index if there are several."""
     with progress("quantizing", sum(map(size_bytes, layouts.values()))) as advance:
         for file_name, layout in layouts.items():

@@ -1,10 +1,10 @@
 """Which weights to merge onto, by measurement: the original ones, or the 4-bit copies that training saw.
 
 Why: both are advised, and both are right somewhere. The dequantized weights give the model that was trained; the
-original ones leave the quantization error out, to which the adapter may or may not have grown. How: `evidence`
-compares, per tensor, that error with the update, and what rounding leaves of it; where there is held-out text both
-candidates are scored in one model in memory, whose linears are replaced. The original weights are taken if their loss
-is lower by more than two standard errors over the documents. Imported by: the commands.
+original ones leave the quantization error out, to which the adapter may or may not have grown. How: both candidates
+are scored on held-out text in one model in memory, whose linears are replaced. The original weights are taken if their
+loss is lower by more than two standard errors over the documents. 4 bits again are never chosen, only asked for.
+Imported by: the commands.
 """
 
 from __future__ import annotations
@@ -17,74 +17,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from qlora_kit.base.shards import Shards
+from qlora_kit.adapters.inject import activate
 from qlora_kit.export.merge import Merge
-from qlora_kit.export.output import MergeReport, write_merged
-from qlora_kit.export.rounding import round_once
+from qlora_kit.export.onto import FOUR_BITS
+from qlora_kit.export.output import Check, MergeReport, find_merged, write_merged
 from qlora_kit.export.score import Rows, Scores, plain_model, score
-from qlora_kit.export.verify import Live, live_model, prove
+from qlora_kit.export.verify import Live, digest_of, live_model, prove, prove_requantized
 
 if TYPE_CHECKING:
     from qlora_kit.base.loader import Base
 
-SAMPLE = 1 << 20  # elements of a weight that evidence is taken from: its first rows
-SAMPLE_ROWS = 64  # a multiple of them: blocks of 64 stay whole, also in weights that are stored transposed
+CANDIDATES = ("dequantized", "original")
 STANDARD_ERRORS = 2.0
-
-
-def evidence(merge: Merge) -> dict[str, Any]:
-    """For each merged tensor, from a sample of its rows, and as the median over tensors:
-
-    `quantization_error` norm of (4-bit copy - original) over that of the update; null where there is no original
-    `rounding_error`     norm of what rounding to the output dtype takes from the sum, over that of the update
-    `unchanged`          share of elements that are the base's after rounding
-    """
-    found = {name: row for name in merge.weights.entries if (row := _evidence(merge, name)) is not None}
-    keys = ("quantization_error", "rounding_error", "unchanged")
-    columns = {key: [value for row in found.values() if (value := row[key]) is not None] for key in keys}
-    return {"median": {key: _median(column) for key, column in columns.items()}, "tensors": found}
-
-
-def _median(values: list[float]) -> float | None:
-    return statistics.median(values) if values else None
-
-
-def _evidence(merge: Merge, name: str) -> dict[str, float | None] | None:
-    """One tensor's; None: the adapter does not touch it, or (DoRA) scales it as a whole: there is no sum to judge."""
-    branch = merge.changes.branches.get(merge.linear(name))
-    if branch is None or branch.magnitude is not None:
-        return None
-    transposed = merge.base.shapes.architecture.transposed
-    original = _sample(merge.weights if merge.base.packed is not None else merge.base.stored, name)
-    left, right = (branch.lora_A.t(), branch.lora_B.t()) if transposed else (branch.lora_B, branch.lora_A)
-    update = branch.scale * (left[: len(original)].double() @ right.double())
-    size = update.norm().item()
-    if size == 0.0:
-        return {"quantization_error": None, "rounding_error": None, "unchanged": 1.0}
-    exact = original.double() + update
-    rounded = round_once(exact, merge.dtype)
-    error = None
-    if merge.base.packed is None and merge.quantization.quant_type != "none":
-        weight = original.t() if transposed else original
-        error = (merge.quantization.through(weight.contiguous()).double() - weight.double()).norm().item() / size
-    unchanged = (rounded == original.to(merge.dtype)).double().mean().item()
-    return {
-        "quantization_error": error,
-        "rounding_error": (rounded.double() - exact).norm().item() / size,
-        "unchanged": unchanged,
-    }
-
-
-def _sample(shards: Shards, name: str) -> Tensor:
-    """The first rows of a tensor as its file stores it."""
-    rows, columns = shards.entry(name).shape
-    wanted = min(rows, max(SAMPLE_ROWS, SAMPLE // columns // SAMPLE_ROWS * SAMPLE_ROWS))
-    return shards.rows(name)(0, wanted)
-
-
-# ------------------------------------------------------------------------------------------------ by held-out text
 
 
 def merge_and_prove(
@@ -95,25 +39,55 @@ def merge_and_prove(
     Args:
         scratch: a folder for the live model's logits, PROBE_BYTES at most.
         load: the base with its adapter, `auto`: quantized as in training, or `none`: its original weights.
-    Raises: what `write_merged` and `prove` raise.
+    Raises: what `write_merged`, `prove` and `prove_requantized` raise.
     """
-    live = live_model(load("auto"), rows, scratch / "trained")
-    trained_on_16_bits = merge.quantization.quant_type == "none"
-    choice = None
-    if choose and not trained_on_16_bits and merge.base.packed is None:
+    held_out = digest_of(rows)
+    quantized = merge.quantization.quant_type != "none" and merge.base.packed is None  # training saw no 16 bits
+    choose = choose and quantized
+    if (there := _proved_before(merge, out, held_out, choose)) is not None:
+        return there
+    base, choice, check = load("auto"), None, None
+    reference = live = live_model(base, rows, scratch / "trained")
+    if merge.onto == FOUR_BITS:
+        check = _requantized_check(merge, live, base)
+    del base
+    if choose:
         choice = compare(merge, live)
         merge = dataclasses.replace(merge, onto=choice["onto"])
-    reference = live
-    if merge.onto == "original" and not trained_on_16_bits:
+    if merge.onto == "original" and quantized:
         reference = live_model(load("none"), rows, scratch / "original")
-    return write_merged(merge, out, lambda folder: {**prove(folder, merge, reference).to_json(), "choice": choice})
+    check = check or (lambda folder: prove(folder, merge, reference).to_json())
+    return write_merged(merge, out, lambda folder: check(folder) | {"choice": choice, "held_out": held_out})
+
+
+def _proved_before(merge: Merge, out: Path, held_out: str, chosen: bool) -> MergeReport | None:
+    """The report of `out`, if the same question was answered there by the same documents, and all is whole."""
+    for onto in CANDIDATES if chosen else (merge.onto,):
+        report = find_merged(out, dataclasses.replace(merge, onto=onto).digest, held_out)
+        if report is not None and report.proof is not None and (report.proof["choice"] is not None) == chosen:
+            return report
+    return None
+
+
+def _requantized_check(merge: Merge, live: Live, base: Base) -> Check:
+    """How a folder that is quantized again is proved; `base`, the live model, is first scored without its adapter."""
+    from qlora_kit.base.loader import load_base
+
+    activate(base, [])
+    base_loss, settings, device = score(base.model, live.rows).loss, base.settings, base.device
+
+    def check(folder: Path) -> dict[str, Any]:
+        loaded = load_base(settings.model_copy(update={"path": str(folder), "revision": None}), device)
+        return prove_requantized(folder, merge, live, base_loss, loaded).to_json()
+
+    return check
 
 
 def compare(merge: Merge, live: Live) -> dict[str, Any]:
     """Scores of the live model and of both candidates, which is taken, and why."""
     model = plain_model(merge.base.folder, merge.dtype)
     candidates = {}
-    for onto in ("dequantized", "original"):
+    for onto in CANDIDATES:
         candidate = dataclasses.replace(merge, onto=onto)
         _fill(model, candidate)
         candidates[onto] = score(model, live.rows, reference=live.logits)

@@ -2,9 +2,9 @@
 
 How: every tensor of the base is read by tiles of rows; where the adapter has a branch the tile is updated in fp64, and
 rounded once to the output dtype. `merged_rows` is the one place that knows what an adapter does to a weight.
-`MergedShards` is the result, read as if it were an ordinary checkpoint: `output` writes it, GGUF export and the choice
-of the base read it. Why fp64: every element is the exact sum correctly rounded, which fp32 arithmetic misses in fp16
-for 1 element in 10^4; the disk is slower than the arithmetic either way.
+`MergedShards` is the result, read as if it were an ordinary checkpoint: `output` writes it, GGUF export, the choice of
+the base and `four_bits` read it. Why fp64: every element is the exact sum correctly rounded, which fp32 arithmetic
+misses in fp16 for 1 element in 10^4; the disk is slower than the arithmetic either way.
 Source: Hu et al. 2021, arXiv:2106.09685, section 4.1. Imported by: the `merge` command, choose, audit, tools.
 """
 
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +27,9 @@ from qlora_kit.adapters.store import provenance, read_whole_adapter, require_sam
 from qlora_kit.adapters.updates import StoredAdapter, StoredBranch, TensorUpdate
 from qlora_kit.base.shards import Shards
 from qlora_kit.base.source import base_fingerprint
-from qlora_kit.errors import NonFiniteError
-from qlora_kit.export.onto import BaseFiles, Quantization
+from qlora_kit.errors import NonFiniteError, RecipeError
+from qlora_kit.export.four_bits import Requantized
+from qlora_kit.export.onto import FOUR_BITS, BaseFiles, Quantization
 from qlora_kit.export.output import MergeReport, write_merged
 from qlora_kit.export.rounding import round_once
 from qlora_kit.export.tables import Layout, lay_out
@@ -42,11 +42,10 @@ class Merge:
     """What is to be merged: base, adapter, and how.
 
     Attributes:
-        onto: `original` or `dequantized`.
-        dtype: of the output.
+        onto: `original`, `dequantized` or `4bit`.
+        dtype: of the output; of `4bit`, that of what is not quantized.
         changes: the adapter.
         fingerprint: the base's, as adapters record it.
-        evidence: for the report; see `choose.evidence`.
     """
 
     base: BaseFiles
@@ -56,7 +55,6 @@ class Merge:
     quantization: Quantization
     changes: StoredAdapter
     fingerprint: str
-    evidence: dict[str, Any] | None = None
 
     @cached_property
     def weights(self) -> Shards:
@@ -67,6 +65,11 @@ class Merge:
     def shards(self) -> MergedShards:
         """The merged model."""
         return MergedShards(self)
+
+    @cached_property
+    def requantized(self) -> Requantized | None:
+        """What is written of it where it is to be quantized again."""
+        return Requantized(self) if self.onto == FOUR_BITS else None
 
     @cached_property
     def layout(self) -> Layout:
@@ -93,22 +96,31 @@ class Merge:
 
 
 def open_merge(
-    base: Path, adapter: Path, *, dtype: str = "float16", onto: str = "auto", any_base: bool = False
+    base: Path, adapter: Path, *, dtype: str | None = None, onto: str = "auto", any_base: bool = False
 ) -> Merge:
     """Check that base and adapter belong together; nothing is computed yet.
 
     Args:
-        onto: `original` weights, their `dequantized` 4-bit copies, or `auto`: what the adapter was trained beside.
+        dtype: of the output; default: float16, of `4bit` the base's own.
+        onto: `original` weights, their `dequantized` 4-bit copies, `4bit`: the sum quantized as the base is, or
+            `auto`: what the adapter was trained beside.
         any_base: accept a base that is not the one the adapter records.
-    Raises: ModelError: they do not, or the weights to merge onto cannot be had.
+    Raises: ModelError: they do not, or the weights to merge onto cannot be had. RecipeError: a `dtype` that 4 bits
+        do not leave open.
     """
     opened = BaseFiles.open(base)
     changes = read_whole_adapter(adapter, opened.shapes, base)
-    digest, quantization = base_fingerprint(opened.stored), Quantization.recorded(provenance(adapter))
+    digest, quantization = base_fingerprint(opened.stored), Quantization.recorded(provenance(adapter), opened.dtype)
     if not any_base:
         require_same_base(adapter, digest, base)
     onto = opened.resolve(onto, quantization, adapter)
-    return Merge(opened, adapter, onto, getattr(torch, dtype), quantization, changes, digest)
+    if onto == FOUR_BITS:
+        quantization = opened.quantization_again(quantization, adapter)
+        own = str(quantization.dtype).removeprefix("torch.")
+        if dtype not in (None, own):
+            raise RecipeError(f"--dtype: {dtype}: --onto 4bit keeps what is not quantized in the base's {own}; drop it")
+        dtype = own
+    return Merge(opened, adapter, onto, getattr(torch, dtype or "float16"), quantization, changes, digest)
 
 
 class MergedShards(Shards):
@@ -186,7 +198,7 @@ def merged_rows(value: Tensor, update: StoredBranch | TensorUpdate, start: int, 
 
 
 def merged_tensors(
-    base: Path, adapter: Path, *, dtype: str = "float16", onto: str = "auto", any_base: bool = False
+    base: Path, adapter: Path, *, dtype: str | None = None, onto: str = "auto", any_base: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """(name in the files, merged tensor) one at a time, in the order of the base's files; see `open_merge`."""
     shards = open_merge(base, adapter, dtype=dtype, onto=onto, any_base=any_base).shards
@@ -195,7 +207,7 @@ def merged_tensors(
 
 
 def merge_model(
-    base: Path, adapter: Path, out: Path, *, dtype: str = "float16", onto: str = "auto", any_base: bool = False
+    base: Path, adapter: Path, out: Path, *, dtype: str | None = None, onto: str = "auto", any_base: bool = False
 ) -> MergeReport:
     """Write the merged model to the folder `out`; see `open_merge` and `output.write_merged`."""
     return write_merged(open_merge(base, adapter, dtype=dtype, onto=onto, any_base=any_base), out)

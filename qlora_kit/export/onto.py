@@ -1,7 +1,8 @@
 """The weights that an update is added to: the original ones, or their 4-bit copies dequantized, tensor by tensor.
 
 Both are read as an ordinary checkpoint (`Shards`), so that merging does not know which it has. A base that is a 4-bit
-checkpoint has only the second. Imported by: merge, choose.
+checkpoint has only the second.
+Imported by: merge, four_bits, evidence, audit.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor
 
 from qlora_kit.base import nf4
-from qlora_kit.base.prequantized import DequantizedShards, packed_weights
+from qlora_kit.base.prequantized import DequantizedShards, PackedWeight, packed_weights
 from qlora_kit.base.shards import Shards, find_shards
+from qlora_kit.console import note
 from qlora_kit.errors import ModelError
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
+
+FOUR_BITS = "4bit"  # onto the original weights where there are any, and quantized again
 
 
 @dataclass(frozen=True)
@@ -29,15 +33,26 @@ class Quantization:
     dtype: torch.dtype
 
     @classmethod
-    def recorded(cls, record: dict[str, Any]) -> Quantization:
-        """From `adapters.store.provenance`; an adapter that says nothing was trained beside 16-bit weights."""
-        dtype = getattr(torch, record.get("dtype", "bfloat16"))
-        return cls(record.get("quantization", "none"), record.get("double_quant", True), dtype)
+    def recorded(cls, record: dict[str, Any], dtype: str = "bfloat16") -> Quantization:
+        """From `adapters.store.provenance`; an adapter that says nothing was trained beside 16-bit weights.
+
+        Args:
+            dtype: where the record names none.
+        """
+        kept = getattr(torch, record.get("dtype", dtype))
+        return cls(record.get("quantization", "none"), record.get("double_quant", True), kept)
+
+    def quantized(self, weight: Tensor) -> dict[str, Tensor]:
+        """The stored tensors of a weight, [O, I]."""
+        return nf4.quantize(weight.to(self.dtype), self.quant_type, self.double_quant)
+
+    def dequantized(self, stored: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        """The weight, [O, I], of stored tensors."""
+        return nf4.dequantize(stored, shape, self.quant_type, self.dtype)
 
     def through(self, weight: Tensor) -> Tensor:
         """The weight, [O, I], that training saw: quantized and dequantized again."""
-        stored = nf4.quantize(weight.to(self.dtype), self.quant_type, self.double_quant)
-        return nf4.dequantize(stored, tuple(weight.shape), self.quant_type, self.dtype)
+        return self.dequantized(self.quantized(weight), tuple(weight.shape))
 
 
 class ThroughFourBits(Shards):
@@ -74,7 +89,7 @@ class BaseFiles:
     config: dict[str, Any]
     shapes: ModelShapes
     stored: Shards
-    packed: dict[str, Any] | None
+    packed: dict[str, PackedWeight] | None
 
     @classmethod
     def open(cls, folder: Path) -> BaseFiles:
@@ -83,11 +98,19 @@ class BaseFiles:
         shapes, stored = model_shapes(config, source), Shards(find_shards(folder))
         return cls(folder, config, shapes, stored, packed_weights(stored, shapes.architecture, config, source))
 
+    @property
+    def dtype(self) -> str:
+        """That the files' config names for computing, if it is one that this kit computes in."""
+        named = self.config.get("dtype") or self.config.get("torch_dtype")
+        return named if named in ("float16", "float32") else "bfloat16"
+
     def resolve(self, onto: str, quantization: Quantization, adapter: Path) -> str:
-        """`original` or `dequantized`; `auto` is what the adapter was trained beside.
+        """`original`, `dequantized` or `4bit`; `auto` is what the adapter was trained beside.
 
         Raises: ModelError: the weights that were asked for cannot be had.
         """
+        if onto == FOUR_BITS:
+            return onto
         if self.packed is not None:
             if onto == "original":
                 raise ModelError(
@@ -98,8 +121,41 @@ class BaseFiles:
         if onto == "auto":
             return "dequantized" if quantized else "original"
         if onto == "dequantized" and not quantized:
-            raise ModelError(f"{adapter}: does not record a 4-bit base; merge with --onto original")
+            raise ModelError(
+                f"{adapter}: does not record a 4-bit base; merge with --onto original, or, if it was trained beside "
+                "one elsewhere, give that as --model (`qlora-kit quantize` writes it)"
+            )
         return onto
+
+    def quantization_again(self, recorded: Quantization, adapter: Path) -> Quantization:
+        """How a merged model is quantized as this base is: by what the files say, else by what the adapter records.
+
+        Raises: ModelError: the base has no 4 bits, or is quantized in a way that is not written here.
+        """
+        if self.packed is None:
+            if recorded.quant_type == "none":
+                raise ModelError(
+                    f"{adapter}: does not record a 4-bit base to be quantized like; merge with --onto original "
+                    "--dtype bfloat16, then run `qlora-kit quantize` on the result"
+                )
+            return recorded
+        linears = {name for name, _ in self.shapes.linear_weights}
+        if dense := linears - self.packed.keys():
+            raise ModelError(
+                f"{self.folder}: {min(dense)} is not quantized ({len(dense)} of {len(linears)} linears are not); "
+                "--onto 4bit needs all of them in 4 bits; merge with --onto dequantized"
+            )
+        found = {
+            (weight.quant_type, weight.double_quant, weight.block) for weight in map(self.packed.__getitem__, linears)
+        }
+        (quant_type, double_quant, block), *others = sorted(found)
+        if others or block != nf4.BLOCK:
+            raise ModelError(
+                f"{self.folder}: quantized in {len(found)} ways, the first with blocks of {block}; --onto 4bit writes "
+                f"one way, with blocks of {nf4.BLOCK}; merge with --onto dequantized, then run `qlora-kit quantize`"
+            )
+        note(f"{self.folder}: given the original weights instead, more of the update would survive 4 bits")
+        return Quantization(quant_type, double_quant, recorded.dtype)
 
     def weights(self, onto: str, quantization: Quantization) -> Shards:
         """The base under the names of an ordinary checkpoint; `onto` as `resolve` gave it."""

@@ -20,7 +20,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +29,13 @@ import torch
 from torch import Tensor
 
 from qlora_kit import files
-from qlora_kit.base.companions import carry
+from qlora_kit.adapter_files import has_tokenizer
+from qlora_kit.base.companions import GENERATION, TOKENIZER, carry
 from qlora_kit.base.quantize_model import SHARD_BYTES, Layout, size_bytes, split, write_index
 from qlora_kit.base.shards import DTYPE_NAMES, bytes_of
 from qlora_kit.console import note, progress
 from qlora_kit.errors import DiskError, ModelError, NonFiniteError
+from qlora_kit.export.evidence import evidence
 
 if TYPE_CHECKING:
     from qlora_kit.export.merge import Merge, MergedShards
@@ -49,7 +51,8 @@ class MergeReport:
 
     Attributes:
         inputs: digest of base, adapter and settings.
-        evidence: what the choice of the weights to merge onto rests on; see `choose`.
+        dtype: of the weights; of the quantized ones, where they are.
+        evidence: what the merge took from the update of each tensor; see `evidence`.
         proof: what the check found; None: not asked for.
         sha256: of every other file of the folder.
     """
@@ -63,7 +66,7 @@ class MergeReport:
     bytes_written: int
     base_fingerprint: str
     inputs: str
-    evidence: dict[str, Any] | None
+    evidence: dict[str, Any]
     proof: dict[str, Any] | None
     sha256: dict[str, str]
 
@@ -82,10 +85,9 @@ def write_merged(merge: Merge, out: Path, check: Check | None = None) -> MergeRe
     """
     require_apart(out, merge.base.folder, merge.adapter)
     require_replaceable(out)
+    if (stored := find_merged(out, merge.digest)) is not None:
+        return stored if check is None else _checked(out, stored, check)
     with _work_folder(out) as folder:
-        if (report := _already_there(out, merge, check)) is not None:
-            shutil.rmtree(folder)
-            return report
         work = _Work(folder, merge.digest)
         try:
             digests = _write_shards(work, merge)
@@ -129,10 +131,16 @@ def _stored_report(out: Path) -> dict[str, Any]:
     return {}
 
 
-def _already_there(out: Path, merge: Merge, check: Check | None) -> MergeReport | None:
-    """The report of `out`, if it is this very merge and every file still has its hash; checked now if never before."""
+def find_merged(out: Path, inputs: str, held_out: str | None = None) -> MergeReport | None:
+    """The report of `out` if it is the merge of these inputs and every file still has its hash; nothing is computed.
+
+    Args:
+        held_out: digest of the documents that it must have been proved by; None: proved or not.
+    Raises: LockedError: another process writes there.
+    """
     stored = _stored_report(out)
-    if stored.get("inputs") != merge.digest:
+    proof = stored.get("proof") or {}
+    if stored.get("inputs") != inputs or (held_out is not None and proof.get("held_out") != held_out):
         return None
     for name, digest in stored["sha256"].items():
         if not (out / name).is_file() or files.sha256(out / name) != digest:
@@ -141,11 +149,17 @@ def _already_there(out: Path, merge: Merge, check: Check | None) -> MergeReport 
         report = MergeReport(**stored)
     except TypeError:  # of another version
         return None
-    if check is not None and report.proof is None:
-        report = MergeReport(**(stored | {"proof": check(out)}))
-        files.write_json(out / REPORT, report.to_json())
+    with _work_folder(out) as folder:
+        shutil.rmtree(folder)  # what a kill after the rename left
     note(f"{out}: this merge is already there, and whole")
     return report
+
+
+def _checked(out: Path, report: MergeReport, check: Check) -> MergeReport:
+    """A merge that is there, proved anew."""
+    proved = replace(report, proof=check(out))
+    files.write_json(out / REPORT, proved.to_json())
+    return proved
 
 
 # ------------------------------------------------------------------------------------------------ the folder aside
@@ -205,8 +219,11 @@ def _work_folder(out: Path) -> Iterator[Path]:
 # ------------------------------------------------------------------------------------------------ its files
 
 
-def _by_shard(shards: MergedShards, quantized: bool) -> dict[str, Layout]:
-    """Tensors by output file: the base's own files, or new ones of 5 GB where the base's hold 4 bits a weight."""
+def _files_of(merge: Merge) -> dict[str, Layout]:
+    """Tensors by output file: the base's own files, or new ones of 5 GB where either's hold 4 bits a weight."""
+    if merge.requantized is not None:
+        return merge.requantized.by_shard()
+    shards, quantized = merge.shards, merge.base.packed is not None
     tensors: dict[str, Layout] = {name: {name: (entry.dtype, entry.shape)} for name, entry in shards.entries.items()}
     if quantized:
         return split(tensors.values(), SHARD_BYTES)
@@ -218,8 +235,7 @@ def _by_shard(shards: MergedShards, quantized: bool) -> dict[str, Layout]:
 
 def _write_shards(work: _Work, merge: Merge) -> dict[str, str]:
     """All shards and their index; sha256 of each shard."""
-    shards = merge.shards
-    by_shard = _by_shard(shards, merge.base.packed is not None)
+    by_shard = _files_of(merge)
     sizes = {shard: size_bytes(layout) for shard, layout in by_shard.items()}
     missing = [shard for shard in by_shard if shard not in work.done]
     files.require_free_space(work.folder, sum(sizes[shard] for shard in missing), "the merged model")
@@ -228,10 +244,16 @@ def _write_shards(work: _Work, merge: Merge) -> dict[str, str]:
     with progress("merging", sum(sizes.values())) as advance:
         for shard, layout in by_shard.items():
             if shard in missing:
-                work.finish(shard, write_shard(work.model / shard, shards, list(layout)))
+                work.finish(shard, _write_shard(work.model / shard, merge, layout))
             advance(sizes[shard], shard)
     write_index(work.model, by_shard)
     return {shard: work.done[shard] for shard in by_shard}
+
+
+def _write_shard(path: Path, merge: Merge, layout: Layout) -> str:
+    if merge.requantized is not None:
+        return merge.requantized.write_shard(path, layout)
+    return write_shard(path, merge.shards, list(layout))
 
 
 def write_shard(path: Path, shards: MergedShards, names: list[str]) -> str:
@@ -269,13 +291,13 @@ def in_order(jobs: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
 
 
 def _write_companions(folder: Path, merge: Merge) -> None:
-    """Tokenizer and its kin as they are; the config with the new dtype and without a trace of quantization."""
+    """Tokenizer and its kin as they are, the adapter's own if it has one; the config as the new weights are."""
     dropped = ("quantization_config", "torch_dtype")
     kept = {key: value for key, value in merge.base.config.items() if key not in dropped} | merge.layout.config
-    files.write_json(folder / "config.json", kept | {"dtype": str(merge.dtype).removeprefix("torch.")})
-    carry(merge.base.folder, folder)
-    if "vocab_size" in merge.layout.config:  # the added tokens are known to the tokenizer beside the adapter
-        carry(merge.adapter, folder)
+    packed = merge.requantized.config if merge.requantized else {}
+    files.write_json(folder / "config.json", kept | {"dtype": str(merge.dtype).removeprefix("torch.")} | packed)
+    carry(merge.base.folder, folder, GENERATION)
+    carry(merge.adapter if has_tokenizer(merge.adapter) else merge.base.folder, folder, TOKENIZER)
 
 
 def _report(merge: Merge, folder: Path, digests: dict[str, str], proof: dict[str, Any] | None) -> MergeReport:
@@ -286,13 +308,13 @@ def _report(merge: Merge, folder: Path, digests: dict[str, str], proof: dict[str
         base=str(merge.base.folder),
         adapter=str(merge.adapter),
         onto=merge.onto,
-        dtype=str(merge.dtype).removeprefix("torch."),
+        dtype=merge.quantization.quant_type if merge.requantized else str(merge.dtype).removeprefix("torch."),
         merged_tensors=merged,
         copied_tensors=len(entries) - merged,
-        bytes_written=sum(entry.size_bytes for entry in entries.values()),
+        bytes_written=sum(map(size_bytes, _files_of(merge).values())),
         base_fingerprint=merge.fingerprint,
         inputs=merge.digest,
-        evidence=merge.evidence,
+        evidence=evidence(merge),
         proof=proof,
         sha256=dict(sorted((digests | others).items())),
     )

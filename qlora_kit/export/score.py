@@ -148,6 +148,9 @@ def plain_model(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
             parameter.data = parameter.data.float()
     for block in blocks:
         _compute_in_fp32(block)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):  # bitsandbytes' Linear4bit: what it dequantizes is multiplied in fp32
+            module.compute_dtype, module.support_avx512bf16_for_cpu = torch.float32, False
     return model
 
 

@@ -41,12 +41,11 @@ def calibrate(run: Run, planned: Ledger, beside_bytes: int, steps: Sequence[dict
     remember(device_name(device), **figures)
 
 
-def calibrate_by_run(run: Run, planned: Ledger) -> None:
-    """The same from the files that a run has left, if its first step was followed."""
+def calibrate_by_run(run: Run, planned: Ledger, lines: Sequence[dict[str, Any]]) -> None:
+    """The same from what a run has left, `lines` of metrics.jsonl, if its first step was followed."""
     if run.peak is None:
         return
     memory = json.loads((run.output / "memory.json").read_text())
-    lines = map(json.loads, (run.output / "metrics.jsonl").read_text().splitlines())
     steps = [line for line in lines if "tokens_per_s" in line and line["step"] > run.peak.step]
     calibrate(run, planned, memory["measured"]["components"]["runtime"], steps)
 

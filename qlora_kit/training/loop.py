@@ -37,7 +37,7 @@ from qlora_kit.training.checkpoint import load_checkpoint, rotate, save_checkpoi
 from qlora_kit.training.evaluate import Evaluation, evaluate
 from qlora_kit.training.loss import batch_losses
 from qlora_kit.training.memory import explained, interpreter_bytes, write_memory
-from qlora_kit.training.metrics import Metrics, open_metrics
+from qlora_kit.training.metrics import Metrics, open_metrics, read_lines
 from qlora_kit.training.report import write_report
 from qlora_kit.training.run import Run, choose_heap, make_gradients, prepare
 from qlora_kit.training.schedule import learning_rate
@@ -101,9 +101,10 @@ def train(
                 rehearse(run)
             result = _steps(run, first_step or train_step)
         write_memory(output / "memory.json", plan, run, before_bytes)
-        write_report(output)
+        lines = read_lines(output)
+        write_report(output, lines)
         if plan is not None:
-            calibrate_by_run(run, plan["components"])
+            calibrate_by_run(run, plan["components"], lines)
         return result
 
 

@@ -58,6 +58,11 @@ def open_metrics(
         accelerator.end_training()
 
 
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """All lines that a run has left in its folder."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def _step(line: bytes) -> float:
     """The step of a line; infinity for one that a kill tore."""
     try:

@@ -21,15 +21,14 @@ from qlora_kit.units import format_bytes, format_seconds
 Lines = list[dict[str, Any]]
 
 
-def write_report(folder: Path) -> None:
+def write_report(folder: Path, lines: Lines) -> None:
     """Write `report.html` for the run in a folder. Raises: DiskError: it cannot be written."""
-    files.write_text(folder / "report.html", report(folder))
+    files.write_text(folder / "report.html", report(folder, lines))
 
 
-def report(folder: Path) -> str:
-    """The page."""
+def report(folder: Path, lines: Lines) -> str:
+    """The page; `lines` are those of metrics.jsonl."""
     recipe, memory = load_recipe(folder / "recipe.yaml"), json.loads((folder / "memory.json").read_text())
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "eval_loss" not in line]
     evaluations = [line for line in lines if "eval_loss" in line]
     head = f'<p class="dim">{escape(recipe.data.train)}, on {memory["measured"]["device"]}</p>'

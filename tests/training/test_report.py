@@ -11,13 +11,14 @@ import pytest
 
 from qlora_kit.planning.components import COMPONENTS
 from qlora_kit.recipe import recipe_for_model
+from qlora_kit.training.metrics import read_lines
 from qlora_kit.training.report import merge_command, report, write_report
 
 MIB = 1 << 20
 
 
-def run_folder(folder: Path, *, planned: bool = True, peak_mib: int = 50, train: str = "d.jsonl") -> Path:
-    """What a run of three steps leaves, one of them skipped."""
+def run_folder(folder: Path, *, planned: bool = True, peak_mib: int = 50, train: str = "d.jsonl") -> tuple[Path, list]:
+    """What a run of three steps leaves, one of them skipped: its folder, and the lines of its metrics."""
     recipe = recipe_for_model("llama-7b", [f"output={folder}/a run", f"data.train={train}"])
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     components = dict.fromkeys(COMPONENTS, 0) | {"base_nf4": 30 * MIB, "logits": 16 * MIB}
@@ -31,11 +32,11 @@ def run_folder(folder: Path, *, planned: bool = True, peak_mib: int = 50, train:
     lines += [step | {"step": 1, "loss": 3.5}, step | {"step": 2, "loss": None, "skipped": True}]
     lines += [step | {"step": 3, "loss": 2.5}, {"step": 3, "eval_loss": 2.25, "eval_tokens": 7}]
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    return folder
+    return folder, read_lines(folder)
 
 
 def test_the_page_says_what_the_files_say(tmp_path: Path) -> None:
-    write_report(run_folder(tmp_path))
+    write_report(*run_folder(tmp_path))
     page = (tmp_path / "report.html").read_text()
     words = re.sub("<[^>]+>", " ", page)
     for said in (
@@ -51,13 +52,13 @@ def test_the_page_says_what_the_files_say(tmp_path: Path) -> None:
 
 
 def test_it_needs_nothing_from_outside_and_escapes(tmp_path: Path) -> None:
-    page = report(run_folder(tmp_path, train="<script>x.jsonl"))
+    page = report(*run_folder(tmp_path, train="<script>x.jsonl"))
     assert re.search(r"https?:|url\(|@import|<script|<link|<img|<iframe", page) is None
 
 
 def test_the_limit_is_held_or_not(tmp_path: Path) -> None:
-    assert 'class="verdict over">over the limit' in report(run_folder(tmp_path, peak_mib=65))
-    assert 'class="verdict fits">peak memory 50.0 MiB' in report(run_folder(tmp_path, planned=False))
+    assert 'class="verdict over">over the limit' in report(*run_folder(tmp_path, peak_mib=65))
+    assert 'class="verdict fits">peak memory 50.0 MiB' in report(*run_folder(tmp_path, planned=False))
 
 
 def test_the_merge_command_can_be_pasted(tmp_path: Path) -> None:
@@ -67,6 +68,6 @@ def test_the_merge_command_can_be_pasted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("planned", [True, False])
 def test_every_tag_is_closed(tmp_path: Path, planned: bool) -> None:
-    page = report(run_folder(tmp_path, planned=planned))
+    page = report(*run_folder(tmp_path, planned=planned))
     for tag in ("section", "div", "table", "tr", "td", "p", "figure", "svg", "main"):
         assert len(re.findall(rf"<{tag}[ >]", page)) == page.count(f"</{tag}>"), tag
