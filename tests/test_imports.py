@@ -21,7 +21,7 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text("utf-8")
 # The order, lowest first: a part imports, at module level, only from rows above its own. A package is one part.
 ORDER = (
     ("", "errors", "units"),  # "": qlora_kit/__init__.py
-    ("files", "console", "pages", "architecture_parts", "optimizers", "adapter_files"),
+    ("files", "console", "pages", "architecture_parts", "optimizers", "adapter_files", "widths"),
     ("architectures", "recipe_yaml"),
     ("recipe",),
     ("planning", "data", "prepared", "serving"),
@@ -37,7 +37,7 @@ ORDER = (
 RANK = {part: rank for rank, row in enumerate(ORDER) for part in row}
 # The torch line: what is planned, checked or said before a run must not wait for seconds of imports.
 LIGHT_PARTS = {"", "errors", "units", "files", "console", "pages", "architecture_parts", "architectures"}
-LIGHT_PARTS |= {"optimizers", "prepared", "recipe", "recipe_yaml", "adapter_files", "serving"}
+LIGHT_PARTS |= {"optimizers", "prepared", "widths", "recipe", "recipe_yaml", "adapter_files", "serving"}
 LIGHT_PARTS |= {"planning", "doctor", "commands", "options", "cli", "__main__"}
 LIGHT_PARTS |= {"model_commands", "plan_command", "export_command", "adapter_command"}
 LIGHT_FILES = {f"data/{name}.py" for name in ("__init__", "formats", "templates", "tokenize", "packing", "lengths")}

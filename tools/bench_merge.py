@@ -2,8 +2,10 @@
 
     python -m tools.bench_merge --dir D                            llama-3.2-1b, bf16 base, rank 16 on all linears
     python -m tools.bench_merge --dir D --base FOLDER --no-peft    a base that is there
+    python -m tools.bench_merge --dir D --trained nf4 --no-peft    onto the 4-bit copies of the 16-bit base
 
-How: the copy reads every byte of the base once, writes as many as the merge does, and syncs; its rate is the disk's.
+How: both copies read every byte of the base once, write as many as the merge does, and sync: `copy` as `cp` would,
+`past` past the page cache, as the merge does, at the disk's own rate.
 Memory is the most that was resident, less what was when the imports were done. `kit` is what `qlora-kit merge` does
 without --verify, evidence for the report included; how much of it is evidence has a row of its own. peft's way is
 `from_pretrained` in bf16, `merge_and_unload` and `save_pretrained`, which does not sync: the tool does so before the
@@ -20,11 +22,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qlora_kit import files
+from qlora_kit.adapters.store import PROVENANCE
 from qlora_kit.base.shards import find_shards
 from qlora_kit.planning.shapes import model_shapes, read_config
 from qlora_kit.units import format_bytes
@@ -37,18 +42,29 @@ PIECE = 8 << 20
 
 def copy(base: Path, adapter: Path, out: Path, size_bytes: int) -> None:
     """Read the base once and write `size_bytes`, synced."""
-    out.mkdir()
-    with open(out / "copy", "wb") as sink:
-        left = size_bytes
-        for path in find_shards(base):
-            with open(path, "rb") as source:
-                while piece := source.read(PIECE):
-                    sink.write(piece[:left])
-                    left -= len(piece[:left])
-        while left > 0:
-            left -= sink.write(bytes(min(left, PIECE)))
-        sink.flush()
-        os.fsync(sink.fileno())
+    with files.atomic_file(out / "copy") as sink:
+        for piece in pieces(base, size_bytes):
+            sink.write(piece)
+
+
+def past(base: Path, adapter: Path, out: Path, size_bytes: int) -> None:
+    """The same past the page cache."""
+    with files.atomic_file(out / "copy") as sink, files.past_cache(sink) as write:
+        for piece in pieces(base, size_bytes):
+            write(piece)
+
+
+def pieces(base: Path, size_bytes: int) -> Iterator[bytes]:
+    """`size_bytes` of the base's files, with zeros after their end; all of them are read."""
+    left = size_bytes
+    for path in find_shards(base):
+        with open(path, "rb") as source:
+            while piece := source.read(PIECE):
+                yield piece[:left]
+                left -= len(piece[:left])
+    while left > 0:
+        yield bytes(min(left, PIECE))
+        left -= min(left, PIECE)
 
 
 def kit(base: Path, adapter: Path, out: Path, size_bytes: int) -> None:
@@ -74,7 +90,7 @@ def peft(base: Path, adapter: Path, out: Path, size_bytes: int) -> None:
     os.sync()
 
 
-WAYS = {"copy": copy, "kit": kit, "evidence": evidence, "peft": peft}
+WAYS = {"copy": copy, "past": past, "kit": kit, "evidence": evidence, "peft": peft}
 
 
 def work(way: str, base: Path, adapter: Path, out: Path, size_bytes: int) -> dict[str, float]:
@@ -96,6 +112,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     base = options.base or random_base(options.shape, options.dir, layers=options.layers, dense=True)
     shapes = model_shapes(*read_config(str(base)))
     adapter = write_adapter(folder / "adapter", shapes, options.rank, torch.Generator().manual_seed(0))
+    if options.trained:
+        files.write_json(adapter / PROVENANCE, {"quantization": options.trained, "double_quant": True})
     size_bytes, found = shapes.total_parameters * 2, {}
     for way in [way for way in WAYS if not (way == "peft" and options.no_peft)]:
         out = folder / way
@@ -124,6 +142,7 @@ def main() -> int:
     add_common(parser)
     parser.add_argument("--shape", default="llama-3.2-1b", help="a model of the catalogue (default llama-3.2-1b)")
     parser.add_argument("--base", type=Path, help="a base that is there, instead of a random one")
+    parser.add_argument("--trained", choices=("nf4", "fp4"), help="what the adapter says that it was trained beside")
     parser.add_argument("--no-peft", action="store_true", help="leave peft out")
     parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()

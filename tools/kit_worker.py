@@ -31,7 +31,7 @@ def build_run(recipe: Recipe, steps: int) -> Run:
     """The kit's `Run` on random data, `steps` steps of it different; built as `qlora-kit train` builds one."""
     plan = make_plan(recipe)
     device = pick_device(recipe.train.device)
-    choose_heap(device, plan.components, plan.budget_bytes)
+    choose_heap(device, plan.roomy)
     base = place_base(recipe, device)
     rows = steps * recipe.train.grad_accumulation * recipe.train.micro_batch
     examples = random_examples(rows, recipe.data.seq_len, base.model.config.vocab_size)

@@ -7,7 +7,7 @@ Packed documents are kept apart by position ids that begin anew at 0: transforme
 mask from them (masking_utils.find_packed_sequence_indices) as long as neither an attention mask nor a cache
 is given, so call the model with `use_cache=False`, and with sdpa or eager attention. Padding stands on the
 right, where causal attention never looks, and counts on, so it needs no mask either.
-Shapes: B rows, T tokens of the longest row, padded as `packing.padded_width` says; packed rows are all as wide as the
+Shapes: B rows, T tokens of the longest row, padded as `widths.padded_width` says; packed rows are all as wide as the
 longest of them, so that every step has one shape.
 Imported by training, profiling and evaluation.
 """
@@ -21,8 +21,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlora_kit.data.packing import pack, padded_width
+from qlora_kit.data.packing import pack
 from qlora_kit.data.tokenize import IGNORE_INDEX, Example
+from qlora_kit.widths import padded_width
 
 Row = list[int]  # indices of the examples that share a row
 

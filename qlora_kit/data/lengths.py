@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.data.packing import pack, padded_width
+from qlora_kit.data.packing import pack
 from qlora_kit.data.tokenize import DataReport, load_examples, split_examples
 from qlora_kit.recipe import Recipe
+from qlora_kit.widths import padded_width
 
 UNCUT = 1 << 31  # a seq_len that no document reaches
 PERCENTILES = (10, 50, 90, 99)

@@ -14,26 +14,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
-PAD_MULTIPLE = 32  # tokens
-WIDTHS_PER_OCTAVE = 4
-
-
-def few_sizes(count: int) -> int:
-    """The smallest of few sizes that is not less than `count`: multiples of 32; above 128, four to each doubling.
-
-    Why: oneDNN compiles a kernel for every new shape of a matrix product and keeps it, on a CPU half a MiB for each, 17
-    MiB for each width of a step. Padding is 5 % on average.
-    """
-    if count < 1:
-        return 0
-    step = max(PAD_MULTIPLE, (1 << (count - 1).bit_length()) // (2 * WIDTHS_PER_OCTAVE))
-    return -(-count // step) * step
-
-
-def padded_width(longest: int, seq_len: int) -> int:
-    """Positions of a batch whose longest row has so many tokens: one of `few_sizes`, never above seq_len."""
-    return min(few_sizes(longest), seq_len)
-
 
 def pack(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
     """Rows of example indices whose lengths sum to at most seq_len; every index exactly once.

@@ -5,43 +5,33 @@
         model/              becomes OUT by one rename, after the report is in it
 
 Why a journal: a shard counts only when the inputs are the same and its bytes still have their hash, so a run that goes
-on gives the bytes of one that was never stopped. How: threads read, add and round tiles; one hashes and writes them in
-order, while the disk is told early to write.
+on gives the bytes of one that was never stopped.
 Imported by: merge, choose.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 from qlora_kit import files
 from qlora_kit.adapter_files import has_tokenizer
 from qlora_kit.base.companions import GENERATION, TOKENIZER, carry
 from qlora_kit.base.quantize_model import SHARD_BYTES, Layout, size_bytes, split, write_index
-from qlora_kit.base.shards import DTYPE_NAMES, bytes_of
 from qlora_kit.console import note, progress
 from qlora_kit.errors import DiskError, ModelError, NonFiniteError
 from qlora_kit.export.evidence import evidence
+from qlora_kit.export.stream import write_shard
 
 if TYPE_CHECKING:
-    from qlora_kit.export.merge import Merge, MergedShards
+    from qlora_kit.export.merge import Merge
 
 REPORT = "merge_report.json"
-THREADS = min(8, os.cpu_count() or 1)
 Check = Callable[[Path], dict[str, Any]]
 
 
@@ -254,40 +244,6 @@ def _write_shard(path: Path, merge: Merge, layout: Layout) -> str:
     if merge.requantized is not None:
         return merge.requantized.write_shard(path, layout)
     return write_shard(path, merge.shards, list(layout))
-
-
-def write_shard(path: Path, shards: MergedShards, names: list[str]) -> str:
-    """One safetensors file, durably; its sha256."""
-    entries = [(name, shards.entries[name]) for name in names]
-    header = files.safetensors_header(
-        ((name, DTYPE_NAMES[entry.dtype], entry.shape, entry.size_bytes) for name, entry in entries), {"format": "pt"}
-    )
-    digest = hashlib.sha256(header)
-    tiles = (tile for name in names for tile in shards.tiles(name))
-    with files.atomic_file(path) as file, files.past_cache(file) as write:
-        write(header)
-        for tile in in_order(tiles):
-            data = bytes_of(tile.view(torch.uint8))
-            digest.update(data)
-            write(data)
-    return digest.hexdigest()
-
-
-def in_order(jobs: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
-    """Results of `jobs` in their order; some are computed ahead, each in a thread of its own."""
-    threads_before = torch.get_num_threads()
-    waiting: collections.deque[Future[Tensor]] = collections.deque()
-    torch.set_num_threads(1)  # in each thread: tiles are the unit of parallel work
-    try:
-        with ThreadPoolExecutor(THREADS, initializer=partial(torch.set_num_threads, 1)) as pool:
-            for job in jobs:
-                waiting.append(pool.submit(job))
-                if len(waiting) > 2 * THREADS:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-    finally:
-        torch.set_num_threads(threads_before)
 
 
 def _write_companions(folder: Path, merge: Merge) -> None:

@@ -22,7 +22,7 @@ from qlora_kit.planning.moments import training_moments
 from qlora_kit.planning.phases import Phase, peak_bytes, peak_moment, phases
 from qlora_kit.planning.quantities import host_blocks, resident_blocks, tokens
 from qlora_kit.planning.room import Room, least_bytes, room
-from qlora_kit.planning.runtime import runtime_bytes
+from qlora_kit.planning.runtime import is_roomy, runtime_bytes
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
 from qlora_kit.planning.suggest import Change, Cost, changed, changes_of_a_run, single_changes, suggestions
 from qlora_kit.planning.timing import Estimate, estimate
@@ -46,6 +46,7 @@ class Plan:
         resident_blocks, streamed_blocks, host_blocks: how many blocks' weights live on the device, how many elsewhere,
             and how many of these in host memory (the rest on disk).
         settings: the recipe as it would run, every `auto` decided.
+        roomy: whether freed memory can be kept for speed; see `runtime`.
         estimated: the time of a step, where the device's rates are known.
         suggestions: lines to follow when it does not fit, each with what it saves and what time it costs.
         room: how far seq_len or micro_batch could go, when it fits; `make_plan` looks for it.
@@ -64,6 +65,7 @@ class Plan:
     streamed_blocks: int
     host_blocks: int
     settings: dict[str, Any]
+    roomy: bool = False
     estimated: Estimate | None = None
     suggestions: tuple[str, ...] = ()
     room: Room | None = None
@@ -124,6 +126,7 @@ class Plan:
             "trainable_percent": self.trainable_percent,
             "resident_blocks": self.resident_blocks,
             "streamed_blocks": self.streamed_blocks,
+            "roomy": self.roomy,
             "settings": self.settings,
             "suggestions": list(self.suggestions),
             "estimated": self.estimated and self.estimated.to_json(),
@@ -213,6 +216,7 @@ def _plan(shapes: ModelShapes, recipe: Recipe, device: Device) -> Plan:
         streamed_blocks=shapes.layers - resident,
         host_blocks=host_blocks(shapes, recipe),
         settings=_settings(recipe, device),
+        roomy=is_roomy(shapes, recipe, device),
         estimated=estimate(shapes, recipe, device),
     )
 

@@ -133,7 +133,7 @@ def profile(recipe: Recipe, plan: Plan, steps: int) -> Profile:
     Raises: every error that `train` raises before its first step; BudgetError: memory ran out.
     """
     device, before_bytes = pick_device(recipe.train.device), interpreter_bytes(recipe)
-    choose_heap(device, plan.components, plan.budget_bytes)
+    choose_heap(device, plan.roomy)
     run = prepare(recipe, StopRequest())
     with contextlib.suppress(OSError):
         run.output.rmdir()  # if it is empty: no run was here

@@ -18,7 +18,7 @@ from qlora_kit.planning.calibration import remember
 from qlora_kit.planning.components import Ledger
 from qlora_kit.planning.planner import read_shapes
 from qlora_kit.planning.quantities import tokens
-from qlora_kit.planning.runtime import keeps_freed_memory
+from qlora_kit.planning.runtime import is_constant
 from qlora_kit.planning.timing import step_operations
 from qlora_kit.training.run import Run
 
@@ -34,7 +34,7 @@ def calibrate(run: Run, planned: Ledger, beside_bytes: int, steps: Sequence[dict
         steps: lines of metrics of steps at full speed, without the first.
     """
     device, figures = run.base.device, dict[str, float]()
-    if beside_bytes > 0 and (device.type != "cpu" or not keeps_freed_memory(planned)):
+    if beside_bytes > 0 and (device.type != "cpu" or is_constant(planned)):
         figures["runtime_bytes"] = beside_bytes
     if len(steps) >= FEWEST_STEPS:
         figures["operations_s"] = _operations_s(run, statistics.median(line["tokens_per_s"] for line in steps))

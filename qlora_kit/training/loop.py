@@ -87,7 +87,7 @@ def train(
         if plan is None:
             return_freed_memory()
         else:
-            choose_heap(pick_device(recipe.train.device), plan["components"], plan["budget_bytes"])
+            choose_heap(pick_device(recipe.train.device), plan["roomy"])
         run = prepare(recipe, stop)
         if resume:
             run.progress = load_checkpoint(output / "checkpoints", run.parameters, run.optimizer, run.identity)

@@ -26,10 +26,10 @@ from torch import Tensor
 from qlora_kit.base.loader import Base
 from qlora_kit.base.owners import mark, owner
 from qlora_kit.base.vocabulary import FetchedHead, Head, ResidentHead
-from qlora_kit.data.packing import padded_width
 from qlora_kit.data.tokenize import IGNORE_INDEX
 from qlora_kit.planning.components import LOSS_CHUNK_VOCABULARY
 from qlora_kit.training.blocks import last_hidden_states
+from qlora_kit.widths import padded_width
 
 
 def chunked_cross_entropy(
@@ -91,7 +91,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
 
 def _padded(learned: Tensor, positions: int) -> Tensor:
-    """Learned positions, on a CPU the last one repeated: kernels are compiled for a number of rows (`few_sizes`)."""
+    """Learned positions, on a CPU the last one repeated: kernels are compiled for a number of rows (`widths`)."""
     missing = padded_width(len(learned), positions) - len(learned) if learned.device.type == "cpu" else 0
     return torch.cat((learned, learned[-1:].expand(missing))) if missing else learned
 

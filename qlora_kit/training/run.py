@@ -31,8 +31,7 @@ from qlora_kit.console import note, warn
 from qlora_kit.data.batches import Batches, MicroBatch, eval_batches
 from qlora_kit.data.tokenize import Example, load_examples, load_tokenizer, split_examples
 from qlora_kit.errors import ModelError
-from qlora_kit.planning.components import Ledger, loss_chunk_tokens
-from qlora_kit.planning.runtime import ROOMY_SHARE, keeps_freed_memory
+from qlora_kit.planning.components import loss_chunk_tokens
 from qlora_kit.recipe import Recipe
 from qlora_kit.training.blocks import attach
 from qlora_kit.training.checkpoint import Progress
@@ -108,12 +107,12 @@ def make_gradients(run: Run) -> None:
     hand_over("gradients", (parameter.grad for parameter in run.parameters.values()))
 
 
-def choose_heap(device: torch.device, planned: Ledger, budget_bytes: int) -> None:
-    """Where a plan is tight, have freed memory given back at once; on a CPU whose plan counts on it, never."""
-    if device.type == "cpu" and keeps_freed_memory(planned):
-        keep_freed_memory()
-    elif device.type == "cpu" or sum(planned.values()) > ROOMY_SHARE * budget_bytes:
+def choose_heap(device: torch.device, roomy: bool) -> None:
+    """Where a plan is tight, have freed memory given back at once; on a CPU where it is roomy, never."""
+    if not roomy:
         return_freed_memory()
+    elif device.type == "cpu":
+        keep_freed_memory()
 
 
 def prepare(recipe: Recipe, stop: StopRequest) -> Run:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from qlora_kit.data.packing import pack, padded_width
+from qlora_kit.data.packing import pack
 
 
 def drawn_lengths(count: int, longest: int, seed: int = 0) -> list[int]:
@@ -54,10 +54,3 @@ def test_a_length_that_no_row_takes_is_a_bug_of_the_caller(length: int) -> None:
 
 def test_nothing_packs_to_nothing() -> None:
     assert pack([], 10) == []
-
-
-def test_a_row_is_padded_to_one_of_few_widths_but_not_beyond_seq_len() -> None:
-    assert [padded_width(longest, 100) for longest in (0, 1, 32, 33, 97, 100)] == [0, 32, 32, 64, 100, 100]
-    assert [padded_width(longest, 4096) for longest in (128, 129, 256, 257, 1025)] == [128, 160, 256, 320, 1280]
-    assert len({padded_width(longest, 2048) for longest in range(1, 2049)}) == 20
-    assert all(longest <= padded_width(longest, 4096) <= 1.25 * longest for longest in range(128, 4097))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qlora_kit.planning.hardware import CPU_RUNTIME_BYTES, CUDA_RUNTIME_BYTES, Device
 from qlora_kit.planning.moments import total, training_moments
-from qlora_kit.planning.runtime import ROOMY_SHARE, keeps_freed_memory, runtime_bytes
+from qlora_kit.planning.runtime import ROOMY_SHARE, WIDTH_BYTES, is_constant, is_roomy, runtime_bytes
 from qlora_kit.planning.shapes import model_shapes, read_config
 from qlora_kit.recipe import Recipe, recipe_for_model
 
@@ -22,7 +22,17 @@ def test_a_cpu_with_room_has_holes_and_a_tight_one_has_none() -> None:
     tight, roomy = (runtime_bytes(SHAPES, recipe(), Device("cpu", "cpu", size)) for size in (highest, 4 * highest))
     assert tight == CPU_RUNTIME_BYTES
     assert CPU_RUNTIME_BYTES + 20 * 2**20 < roomy < CPU_RUNTIME_BYTES + highest
-    assert [keeps_freed_memory({"runtime": runtime}) for runtime in (tight, roomy)] == [False, True]
+    assert [is_constant({"runtime": runtime}) for runtime in (tight, roomy)] == [True, False]
+    devices = [Device(kind, kind, size) for kind in ("cpu", "cuda") for size in (highest, 4 * highest)]
+    assert [is_roomy(SHAPES, recipe(), device) for device in devices] == [False, True, False, True]
+
+
+def test_rows_of_many_widths_take_kernels_for_each() -> None:
+    sizes = [
+        runtime_bytes(SHAPES, recipe("data.seq_len=512", f"data.packing={packing}"), Device("cpu", "cpu", 1 << 30))
+        for packing in ("true", "false")
+    ]
+    assert sizes == [CPU_RUNTIME_BYTES, CPU_RUNTIME_BYTES + 11 * WIDTH_BYTES]
 
 
 def test_with_the_holes_a_roomy_plan_stays_below_its_share_of_the_budget() -> None:

@@ -14,9 +14,9 @@ from tools import prove_rss
 from tools.prove_rss import Case, run_case
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("lengths_of", [None, (0.2, 1)])
 def test_a_case_trains_on_rows_of_its_length_and_reads_the_runs_own_figures(
-    packing: bool, tiny_shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lengths_of: tuple[float, float] | None, tiny_shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths: list[int] = []
 
@@ -29,8 +29,8 @@ def test_a_case_trains_on_rows_of_its_length_and_reads_the_runs_own_figures(
 
     monkeypatch.setattr(prove_rss, "train", train)
     options = argparse.Namespace(dir=tmp_path, layers=None, rank=4, set=[], threads=1)
-    found = run_case(Case("tiny", tiny_shape, 2, {"data.seq_len": 64, "data.packing": packing}), options, tmp_path)
-    assert max(lengths) <= 64 and (min(lengths) == 64) is not packing
+    found = run_case(Case("tiny", tiny_shape, 2, {"data.seq_len": 64}, lengths=lengths_of), options, tmp_path)
+    assert max(lengths) <= 64 and (min(lengths) == 64) is (lengths_of is None)
     assert found["off"] == found["planned"] / (1 << 20) - 1
     assert found["planned"] == sum(found["components"].values())
 
