@@ -45,6 +45,7 @@ QUANT_BLOCK = 64  # weights that share one absmax (Dettmers et al. 2023, section
 CONSTANT_BLOCK = 256  # absmax values that share one fp32 scale under double quantization (same section)
 AUTO_LOSS_CHUNK_TOKENS = 512
 LOSS_CHUNK_VOCABULARY = 16384  # rows of the head that are used at a time
+TABLE_ROWS = 2048  # of an embedding or head that is trained whole, in one parameter; see `adapters.tables`
 SLAB_BYTES = 4 << 30  # of pinned memory in one allocation
 SLOTS = 2  # buffers of `base.streaming`: one block computes, the next arrives
 ALIGNMENT = 256  # bytes, of tensors in slots and in the workspace: what kernels want of a tensor's start

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kit.base.vocabulary import ResidentHead
+from qlora_kit.base.vocabulary import ResidentTable
 from qlora_kit.data.tokenize import IGNORE_INDEX
 from qlora_kit.training.loss import chunked_cross_entropy
 
@@ -24,7 +24,7 @@ def problem(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]
     return hidden, head, targets
 
 
-class PassingHead(ResidentHead):
+class PassingHead(ResidentTable):
     """A head that is not there between passes, which are counted; a chunk is gone when the next one is asked for."""
 
     is_resident, passes = False, 0
@@ -45,7 +45,7 @@ def reference(hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | No
     return loss.detach(), torch.autograd.grad(loss, hidden)[0]
 
 
-def tiled(hidden: Tensor, head: Tensor | ResidentHead, targets: Tensor, *tile: int, softcap: float | None = None):
+def tiled(hidden: Tensor, head: Tensor | ResidentTable, targets: Tensor, *tile: int, softcap: float | None = None):
     """Loss and gradient of hidden by ours."""
     hidden = hidden.detach().requires_grad_()
     chunk = dict(zip(("chunk_tokens", "chunk_vocabulary"), tile))
