@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qlora_kit.adapters.lora import LoRABranch
 from qlora_kit.base.owners import hand_over
 from qlora_kit.base.vocabulary import NO_PADDING, ResidentTable
-from qlora_kit.planning.components import TABLE_ROWS
+from qlora_kit.planning.trained import TABLE_ROWS
 
 
 class TrainedTable(ResidentTable):

@@ -1,17 +1,22 @@
 """What a recipe trains outside the linears of the blocks: tensors whole (`modules_to_save`), LoRA on embedding and head.
 
 Why: planner and injection must mean the same tensors. How: names select modules by PEFT's rules, from shapes alone.
-Imports no torch. Imported by planning.quantities, adapters.inject.
+Imports no torch. Imported by planning, adapters, training.loss.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 
 from qlora_kit.architecture_parts import TensorShape
 from qlora_kit.errors import RecipeError, nearest
 from qlora_kit.planning.shapes import ModelShapes, matches
+from qlora_kit.recipe import Adapter
+
+TABLE_ROWS = 2048  # of an embedding or head that is trained whole, in one parameter; see `adapters.tables`
 
 
 def trained_whole(shapes: ModelShapes, modules_to_save: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -57,6 +62,33 @@ def trained_branches(shapes: ModelShapes, target_modules: str | Sequence[str]) -
     return [module for module in (row.embedding, row.head) if matches(module, target_modules)]
 
 
-def tables(shapes: ModelShapes) -> tuple[str, str]:
-    """Names of the weights of embedding and head."""
-    return f"{shapes.architecture.embedding}.weight", f"{shapes.architecture.head}.weight"
+def trained_sizes(shapes: ModelShapes, adapter: Adapter, module: str | None = None) -> Counter[int]:
+    """Parameters of a tensor that is trained outside the linears of the blocks -> how many tensors have as many.
+
+    Args:
+        module: only those of this module.
+    Raises: RecipeError: a name selects nothing, or embedding or head both whole and by LoRA.
+    """
+    row, sizes = shapes.architecture, Counter[int]()
+    tables = {f"{row.embedding}.weight", f"{row.head}.weight"}
+    whole = trained_whole(shapes, adapter.modules_to_save)
+    for name, shape in whole.items():
+        if module is not None and name.rpartition(".")[0] != module:
+            continue
+        if name in tables:
+            sizes[TABLE_ROWS * shape[1]] += shape[0] // TABLE_ROWS
+            sizes[shape[0] % TABLE_ROWS * shape[1]] += 1
+        else:
+            sizes[prod(shape)] += 1
+    for name in trained_branches(shapes, adapter.target_modules):
+        if f"{name}.weight" in whole:
+            raise RecipeError(f"adapter.modules_to_save: {name!r} is in adapter.target_modules too; choose one of them")
+        if module in (None, name):
+            sizes.update([adapter.rank * shapes.vocabulary, adapter.rank * shapes.hidden])
+    return Counter({size: count for size, count in sizes.items() if size and count})
+
+
+def trained_whole_table(shapes: ModelShapes, adapter: Adapter) -> str | None:
+    """Embedding or head, if it is trained whole: then it lives on the device."""
+    row, whole = shapes.architecture, trained_whole(shapes, adapter.modules_to_save)
+    return next((name for name in (row.embedding, row.head) if f"{name}.weight" in whole), None)

@@ -17,7 +17,6 @@ Imported by: training.loop, training.evaluate, export.verify.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +30,8 @@ from qlora_kit.base.loader import Base
 from qlora_kit.base.owners import mark, owner
 from qlora_kit.base.vocabulary import Head, ResidentTable, head_of
 from qlora_kit.data.tokenize import IGNORE_INDEX
-from qlora_kit.planning.components import LOSS_CHUNK_VOCABULARY, TABLE_ROWS
+from qlora_kit.planning.components import LOSS_CHUNK_VOCABULARY
+from qlora_kit.planning.trained import TABLE_ROWS
 from qlora_kit.training.blocks import backward_in_order, last_hidden_states
 
 
@@ -130,7 +130,8 @@ def _add_head_gradient(
     tile = _Tile(hidden_ND, head.shape[0], (tokens, TABLE_ROWS), softcap, True)
     starts = [*range(0, head.shape[0], TABLE_ROWS), head.shape[0]]
     bounds = torch.searchsorted(targets_N, torch.tensor(starts, device=targets_N.device)).tolist()
-    for (first_row, rows_VD), (first, last) in zip(head.chunks(TABLE_ROWS), itertools.pairwise(bounds)):
+    for first_row, rows_VD in head.chunks(TABLE_ROWS):
+        first, last = bounds[first_row // TABLE_ROWS :][:2]
         grad_VK = head.trained.gradient(first_row, first_row + len(rows_VD))
         for start in range(0, len(hidden_ND), tokens):
             part = slice(start, min(start + tokens, len(hidden_ND)))
@@ -141,6 +142,7 @@ def _add_head_gradient(
                 probs_CV[begin - start : end - start].scatter_(1, own, -scores.miss_N[begin:end, None])
             narrow_CV = tile.narrowed(tile.with_slope(probs_CV.mul_(grad_total), rows_VD), rows_VD)
             _add_product(grad_VK, narrow_CV.t(), hidden_ND[part, -grad_VK.shape[1] :])
+        del rows_VD
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -173,8 +175,10 @@ def _score(hidden_ND: Tensor, targets_N: Tensor, head: Head, tile: _Tile) -> _Sc
     found = [(tile.wide.new_empty(0),) * 3]
     for start in range(0, len(hidden_ND), together):
         scores = _OnlineScores(hidden_ND[start : start + together], targets_N[start : start + together], tile.with_grad)
-        for (first_row, rows_VD), (first, last) in zip(head.chunks(tile.rows), itertools.pairwise(bounds)):
+        for first_row, rows_VD in head.chunks(tile.rows):
+            first, last = bounds[first_row // tile.rows :][:2]
             scores.add(tile, first_row, rows_VD, (first - start, last - start))
+            del rows_VD  # which may have been made for this pass, before the next is
         found.append(scores.finish(tile))
         del scores  # its sums, before those of the next tokens are made
     return _Scores(*map(torch.cat, zip(*found)))
