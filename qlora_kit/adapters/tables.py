@@ -10,6 +10,7 @@ Shapes: V vocabulary, D hidden, R rank, U distinct ids, v rows. Imported by: ada
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,7 +57,7 @@ class TrainedTable(ResidentTable):
         """
         starts = torch.arange(0, self.shape[0] + TABLE_ROWS, TABLE_ROWS)
         bounds = torch.searchsorted(ids, starts).tolist()
-        for start, (first, last) in zip(starts.tolist(), zip(bounds, bounds[1:])):
+        for start, (first, last) in zip(starts.tolist(), itertools.pairwise(bounds)):
             if first < last:
                 here = (ids[first:last] - start).to(grad_UD.device)
                 self.gradient(start, start + TABLE_ROWS).index_add_(0, here, grad_UD[first:last])

@@ -7,7 +7,8 @@ through two slots (`slots`), which exist during a pass only. Tied ones share one
 so results are those of tensors on the device, bit for bit.
 Memory: during a pass over the head two chunks on the device as the file holds them, and with a file on an accelerator
 as many pinned bytes on the host; one chunk more where the file's dtype is not that of computation.
-Shapes: V vocabulary, D hidden, U distinct ids, v rows of a chunk. Imported by: loader (builds them), adapters, training.loss.
+Shapes: V vocabulary, D hidden, U distinct ids, v rows of a chunk.
+Imported by: loader (builds them), adapters, training.loss.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 from qlora_kit.base.shards import Entry, Shards, bytes_of
 from qlora_kit.base.slots import Slots, Source
 from qlora_kit.planning.components import LOSS_CHUNK_VOCABULARY
-
 
 NO_PADDING = -1
 
@@ -54,9 +54,14 @@ class Head(Protocol):
         trained: None: nothing of it is.
     """
 
-    shape: tuple[int, ...]
-    is_resident: bool
-    trained: Trained | None
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def is_resident(self) -> bool: ...
+
+    @property
+    def trained(self) -> Trained | None: ...
 
     def chunks(self, rows: int) -> Iterator[tuple[int, Tensor]]:
         """(first row, that many rows or the rest) in order; a chunk is valid until the next is asked for.
@@ -73,7 +78,7 @@ class Head(Protocol):
 class _Frozen:
     """A table of which nothing is trained."""
 
-    trained: ClassVar[Trained | None] = None
+    trained: Trained | None = None
 
     def widened(self, hidden: Tensor) -> Tensor:
         """See `Head`."""
@@ -262,7 +267,7 @@ class _ChunkedProduct(torch.autograd.Function):
 
 def head_of(model: Any) -> Head:
     """The output projection of transformers' model as the loss takes it."""
-    found = model.get_output_embeddings()
+    found: Any = model.get_output_embeddings()
     return found.table if isinstance(found, FetchedHead) else ResidentTable(found.weight)
 
 
@@ -287,6 +292,7 @@ def fetch_no_more(model: Any, name: str, weight: nn.Parameter) -> None:
         module: nn.Module = fetched.embedding
         module.padding_idx = fetched.padding_id  # type: ignore[assignment]
     else:
-        module = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        rows, columns = weight.shape
+        module = nn.Linear(columns, rows, bias=False, device="meta")
     module.weight = weight
     model.set_submodule(name.removesuffix(".weight"), module)

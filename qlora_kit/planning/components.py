@@ -253,7 +253,9 @@ def around_head(shapes: ModelShapes, recipe: Recipe) -> int:
     together = tokens(recipe) if fetches_head(recipe) else chunk
     added = FP32 + (dtype_bytes if dtype_bytes < FP32 else 0)
     rows = (tokens(recipe) * (FP32 + 2 * dtype_bytes), together * (FP32 + dtype_bytes), chunk * added)
-    return shapes.hidden * sum(rows) + widened(shapes, recipe, tokens(recipe) + min(LOSS_CHUNK_VOCABULARY, shapes.vocabulary))
+    return shapes.hidden * sum(rows) + widened(
+        shapes, recipe, tokens(recipe) + min(LOSS_CHUNK_VOCABULARY, shapes.vocabulary)
+    )
 
 
 def widened(shapes: ModelShapes, recipe: Recipe, rows: int) -> int:

@@ -87,8 +87,8 @@ def _homes_of_tables(shapes: ModelShapes, recipe: Recipe, device: Device) -> lis
         return _choices(wanted, device)
     if wanted in ("host", "disk"):
         raise RecipeError(
-            f"memory.embeddings: found {wanted}, but {trained!r} is trained whole (adapter.modules_to_save), which takes "
-            "the device; set auto or device, or give it LoRA: name it in adapter.target_modules"
+            f"memory.embeddings: found {wanted}, but {trained!r} is trained whole (adapter.modules_to_save), which "
+            "takes the device; set auto or device, or give it LoRA: name it in adapter.target_modules"
         )
     return ["device"]
 

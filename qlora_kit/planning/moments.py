@@ -59,11 +59,15 @@ def training_moments(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) ->
     moments = {
         "loss": before
         | {
-            "activations": kept + components.around_head(shapes, recipe) + _waiting(shapes, recipe) + together(recipe) * normed,
+            "activations": kept
+            + components.around_head(shapes, recipe)
+            + _waiting(shapes, recipe)
+            + together(recipe) * normed,
             "logits": components.logits(shapes, recipe),
             "workspace": static["workspace"] + components.head_slots(shapes, recipe),
         },
-        "final norm": after_head | {"activations": kept + _in_final_norm(shapes, recipe) + (together(recipe) - 1) * normed},
+        "final norm": after_head
+        | {"activations": kept + _in_final_norm(shapes, recipe) + (together(recipe) - 1) * normed},
     }
     if of_head:
         moments["head backward"] = after_head | {

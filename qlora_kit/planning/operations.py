@@ -64,8 +64,8 @@ def _runs(shapes: ModelShapes, recipe: Recipe) -> Iterator[tuple[int, bool, bool
 def count_products(shapes: ModelShapes, recipe: Recipe) -> dict[str, Products]:
     """The products of one micro-batch of full rows, each its own document, by part of the step.
 
-    Block 0's attention inputs need no gradient of x, unless the embedding is trained. The product of the MLP's last linear is
-    not needed again in recomputation, only its input (and x A, for B's gradient). An expert has its share.
+    Block 0's attention inputs need no gradient of x, unless the embedding is trained. The product of the MLP's last
+    linear is not needed again in recomputation, only its input (and x A, for B's gradient). An expert has its share.
     """
     row, count, (experts, used) = shapes.architecture, tokens(recipe), shapes.experts
     learns_embedding = bool(trained_sizes(shapes, recipe.adapter, row.embedding))

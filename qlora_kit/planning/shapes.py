@@ -219,7 +219,8 @@ def _nothing_selected(shapes: ModelShapes, target: str | list[str]) -> str:
         return f"adapter.target_modules: the regular expression {target!r} selects nothing{hint}; {listing}"
     if not target:
         return f"adapter.target_modules: the list is empty; {listing}"
-    hint = nearest(target[0], [name.rpartition(".")[2] for name in available] + available)
+    tables = [shapes.architecture.embedding, shapes.architecture.head]
+    hint = nearest(target[0], [name.rpartition(".")[2] for name in (*available, *tables)] + available)
     return f"adapter.target_modules: {target[0]!r} selects nothing{hint}; {listing}"
 
 

@@ -1,4 +1,4 @@
-"""What a recipe trains outside the linears of the blocks: tensors whole (`modules_to_save`), LoRA on embedding and head.
+"""What a recipe trains outside the linears of the blocks: `modules_to_save`, whole, and LoRA on embedding and head.
 
 Why: planner and injection must mean the same tensors. How: names select modules by PEFT's rules, from shapes alone.
 Imports no torch. Imported by planning, adapters, training.loss.

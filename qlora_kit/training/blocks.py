@@ -243,16 +243,22 @@ def attach(base: Base, recomputed: int | bool = True, **settings: Any) -> None:
         block.forward.reserve()
 
 
+def passage_of(base: Base) -> Passage:
+    """What the blocks have in common; with nothing attached yet, by default."""
+    if not isinstance(base.blocks()[0].__dict__.get("forward"), BlockRunner):
+        attach(base)
+    runner: Any = base.blocks()[0].forward
+    return runner.settings
+
+
 def last_hidden_states(base: Base, batches: Sequence[Any], dropout_keys: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """The hidden state after the final norm, [B, T, D], of each micro-batch; they pass the blocks together.
 
     transformers' own forward runs twice without its blocks: once to record what it passes to each of them, once (on any
     embeddings: they go nowhere) to do what it does after them. So no architecture's masks and positions are known here.
     """
-    if not isinstance(base.blocks()[0].__dict__.get("forward"), BlockRunner):
-        attach(base)
+    settings = passage_of(base)
     runners: list[Any] = [block.forward for block in base.blocks()]
-    settings: Passage = runners[0].settings
     hiddens: list[Tensor] = []
     recorded: list[list[Call]] = []
     for batch, key in backward_in_order(list(zip(batches, dropout_keys, strict=True))):

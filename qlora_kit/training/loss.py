@@ -32,7 +32,7 @@ from qlora_kit.base.vocabulary import Head, ResidentTable, head_of
 from qlora_kit.data.tokenize import IGNORE_INDEX
 from qlora_kit.planning.components import LOSS_CHUNK_VOCABULARY
 from qlora_kit.planning.trained import TABLE_ROWS
-from qlora_kit.training.blocks import backward_in_order, last_hidden_states
+from qlora_kit.training.blocks import backward_in_order, last_hidden_states, passage_of
 
 
 def chunked_cross_entropy(
@@ -63,10 +63,10 @@ def chunked_cross_entropy(
         raise ValueError(
             f"{len(hidden_ND)} hidden states, {len(targets_N)} targets, tiles of {chunk_tokens} x {chunk_vocabulary}"
         )
-    head = ResidentTable(head) if isinstance(head, Tensor) else head
-    parameter = None if head.trained is None else head.trained.parameter
+    rows: Head = ResidentTable(head) if isinstance(head, Tensor) else head
+    parameter = None if rows.trained is None else rows.trained.parameter
     chunk = (chunk_tokens, chunk_vocabulary)
-    return _TiledCrossEntropy.apply(head.widened(hidden_ND), targets_N, head, chunk, softcap, parameter)
+    return _TiledCrossEntropy.apply(rows.widened(hidden_ND), targets_N, rows, chunk, softcap, parameter)
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
@@ -309,17 +309,18 @@ def batch_losses(
         batches: they pass each block together; block inputs of all of them are kept for backward.
         dropout_keys: of each, what its dropout is drawn from.
     """
-    hiddens = last_hidden_states(base, batches, dropout_keys or [()] * len(batches))
+    keys = dropout_keys or [()] * len(batches)
+    hiddens = last_hidden_states(base, batches, keys)
     softcap = getattr(base.model.config, "final_logit_softcapping", None)
-    head = head_of(base.model)
-    losses = [
-        chunked_cross_entropy(
+    head, dropout_seed, losses = head_of(base.model), passage_of(base).dropout_seed, list[Tensor]()
+    for hidden, batch, key in backward_in_order(list(zip(hiddens, batches, keys))):
+        dropout_seed.key = key
+        loss = chunked_cross_entropy(
             hidden.flatten(0, 1),
             head,
             batch.targets.to(base.device).flatten(),
             chunk_tokens=chunk_tokens,
             softcap=softcap,
         )
-        for hidden, batch in backward_in_order(list(zip(hiddens, batches)))
-    ]
-    return losses[::-1]
+        losses.insert(0, loss)
+    return losses
