@@ -197,10 +197,14 @@ def optimizer(shapes: ModelShapes, recipe: Recipe) -> int:
 
 
 def in_optimizer_step(shapes: ModelShapes, recipe: Recipe) -> int:
-    """What a step makes for the largest tensor and lets go of: with master weights its fp32 value and gradient, and the
-    two halves that it is taken apart into (`training.optim`)."""
-    largest = max(adapter_tensors(shapes, recipe))
-    return 4 * FP32 * largest if recipe.keeps_master_weights else 0
+    """What a step makes and lets go of.
+
+    With master weights of the largest tensor its fp32 value and gradient, and the two halves that it is taken apart into
+    (`training.optim`). Without them torch's own optimizer makes a denominator for all tensors at once (not on a CPU).
+    """
+    if recipe.keeps_master_weights:
+        return 4 * FP32 * max(adapter_tensors(shapes, recipe))
+    return adapter(shapes, recipe) if OPTIMIZERS[recipe.train.optimizer].in_dtype else 0
 
 
 # ------------------------------------------------------------------------------------- the head, and what is reused

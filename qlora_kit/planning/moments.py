@@ -106,6 +106,8 @@ def _in_head_backward(shapes: ModelShapes, recipe: Recipe) -> int:
 
 def _kept_by_final_norm(shapes: ModelShapes, recipe: Recipe) -> int:
     """Of one micro-batch: what an RMS norm that is trained normed, in `model.dtype`."""
+    if shapes.architecture.layer_norm_copies is not None:
+        return 0
     trained = trained_whole(shapes, recipe.adapter.modules_to_save)
     is_trained = any(name in trained for name, _ in shapes.outer_tensors if name.endswith("norm.weight"))
     return is_trained * hidden_state(shapes, recipe)
