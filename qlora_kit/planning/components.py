@@ -199,8 +199,9 @@ def optimizer(shapes: ModelShapes, recipe: Recipe) -> int:
 def in_optimizer_step(shapes: ModelShapes, recipe: Recipe) -> int:
     """What a step makes and lets go of.
 
-    With master weights of the largest tensor its fp32 value and gradient, and the two halves that it is taken apart into
-    (`training.optim`). Without them torch's own optimizer makes a denominator for all tensors at once (not on a CPU).
+    With master weights of the largest tensor its fp32 value and gradient, and the two halves that it is taken apart
+    into (`training.optim`). Without them torch's own optimizer makes a denominator for all tensors at once (on a CPU it
+    does not).
     """
     if recipe.keeps_master_weights:
         return 4 * FP32 * max(adapter_tensors(shapes, recipe))
