@@ -1,7 +1,8 @@
 """Adapters on disk, in PEFT's format: PEFT and vLLM load what is written here, and the reverse.
 
     adapter_config.json          PEFT's fields; only those named below are read, the rest is ignored
-    adapter_model.safetensors    base_model.model.<linear>.lora_A.weight [R, I] and .lora_B.weight [O, R]
+    adapter_model.safetensors    base_model.model.<linear>.lora_A.weight [R, I] and .lora_B.weight [O, R], and
+                                 the other names in `adapters.parts`
     qlora_kit.json               ours, beside them: the base's fingerprint and how it was quantized
 
 Every adapter is checked when read: the exact set of names, shapes, finite values, and the base it was trained on.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit import __version__, recipe
-from qlora_kit.adapter_files import CONFIG, PREFIX, WEIGHTS
+from qlora_kit.adapter_files import CONFIG, PREFIX, WEIGHTS, trainable
 from qlora_kit.adapters.inject import DEFAULT, activate, adapter_names, branches
 from qlora_kit.adapters.lora import DropoutSeed, LoRABranch
 from qlora_kit.adapters.parts import Known, known_of, read_parts, require_finite
@@ -29,10 +30,12 @@ from qlora_kit.adapters.tensors import tensor_of, trained_tensor
 from qlora_kit.adapters.updates import StoredAdapter, StoredBranch, TensorUpdate
 from qlora_kit.base.loader import Base
 from qlora_kit.base.shards import save_tensors
+from qlora_kit.base.vocabulary import ResidentTable, Table
 from qlora_kit.errors import ModelError
 from qlora_kit.files import write_json
+from qlora_kit.planning.components import LOSS_CHUNK_VOCABULARY
 from qlora_kit.planning.shapes import ModelShapes, matches, model_shapes, read_config
-from qlora_kit.planning.trained import trained_branches, trained_whole
+from qlora_kit.planning.trained import trained_whole
 
 PROVENANCE = "qlora_kit.json"
 RECORDED = {  # what `provenance` accepts
@@ -184,23 +187,15 @@ def _branch(
 def continue_adapter(base: Base, settings: recipe.Adapter) -> DropoutSeed:
     """Hang in the adapter of `adapter.start_from`, to be trained on with its ranks and scales and the recipe's dropout.
 
-    Raises: ModelError: what `read_adapter` and `require_same_base` find, or the recipe was read with another adapter.
+    Raises: ModelError: what `trainable`, `read_whole_adapter` and `require_same_base` find, or the recipe was read with
+        another adapter.
     """
     folder, dtype = Path(str(settings.start_from)), getattr(torch, settings.dtype)
+    trainable(folder)
     shapes = model_shapes(*read_config(str(base.folder)))
     stored = read_whole_adapter(folder, shapes, base.folder)
     require_same_base(folder, base.fingerprint, base.folder)
-    tables = {f"{module}.weight" for module in trained_branches(shapes, settings.target_modules)}
-    saved = set(trained_whole(shapes, settings.modules_to_save))
-    ranks = {name: len(branch.lora_A) for name, branch in stored.branches.items()}
-    for name, update in stored.tensors.items():
-        if update.branch is not None and name in tables:
-            ranks[name.removesuffix(".weight")] = len(update.branch.lora_A)
-        elif name not in saved or update.value is None:
-            raise ModelError(f"{folder}: {name} is not what the recipe was read with; start again")
-    for name, rank in ranks.items():
-        if rank > settings.rank or not matches(name, settings.target_modules):
-            raise ModelError(f"{folder}: {name} of rank {rank} is not what the recipe was read with; start again")
+    _require_as_read(folder, stored, settings, shapes)
     seed = _hang(base, stored, DEFAULT, dtype)
     updates = {name: _to_train(base, name, update, seed, dtype) for name, update in stored.tensors.items()}
     base.updates[DEFAULT] = updates
@@ -208,6 +203,20 @@ def continue_adapter(base: Base, settings: recipe.Adapter) -> DropoutSeed:
     for hung in (*branches(base).values(), *(found for found in updates.values() if isinstance(found, LoRABranch))):
         hung.dropout_probability = settings.dropout
     return seed
+
+
+def _require_as_read(folder: Path, stored: StoredAdapter, settings: recipe.Adapter, shapes: ModelShapes) -> None:
+    """Raises: ModelError: the adapter trains something else than the recipe says, which the plan did not count."""
+    saved = trained_whole(shapes, settings.modules_to_save)
+    ranks = {name: len(branch.lora_A) for name, branch in stored.branches.items()}
+    for name, update in stored.tensors.items():
+        if update.branch is not None:
+            ranks[name.removesuffix(".weight")] = len(update.branch.lora_A)
+        elif name not in saved:
+            raise ModelError(f"{folder}: {name} is not what the recipe was read with; start again")
+    for name, rank in ranks.items():
+        if rank > settings.rank or not matches(name, settings.target_modules):
+            raise ModelError(f"{folder}: {name} of rank {rank} is not what the recipe was read with; start again")
 
 
 def _to_train(base: Base, name: str, update: TensorUpdate, seed: DropoutSeed, dtype: torch.dtype) -> Any:
@@ -223,11 +232,13 @@ def _to_train(base: Base, name: str, update: TensorUpdate, seed: DropoutSeed, dt
         )
     if update.branch is None:
         return trained_tensor(base, name, value)
-    if value is not None and isinstance(own, Tensor) and not torch.equal(value.to(own), own):
-        raise ModelError(
-            f"{name}: the adapter was trained on other values of it than this base has; merge the adapter, or give "
-            "the base it was trained on"
-        )
+    table = own if isinstance(own, Table) else ResidentTable(own)
+    for start, rows in table.chunks(LOSS_CHUNK_VOCABULARY):
+        if value is not None and not torch.equal(value[start : start + len(rows)].to(rows), rows):
+            raise ModelError(
+                f"{name}: this adapter was trained on other values of it than this base has; give the base that it was "
+                "trained on"
+            )
     index = len(base.linears()) + (name == f"{base.architecture.head}.weight")
     return _branch(base, update.branch, index, seed, dtype)
 

@@ -9,7 +9,9 @@ import peft
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
+from qlora_kit.adapter_files import WEIGHTS
 from qlora_kit.adapters.inject import activate
 from qlora_kit.adapters.store import load_adapter, save_adapter
 from qlora_kit.base.loader import load_base
@@ -243,3 +245,16 @@ def test_added_tokens_tied_tables_and_biases_are_not_trained_on(tiny_model, tmp_
     made_by_peft(tiny_model("qwen2"), "qwen2", tmp_path / "c", target_modules=["q_proj"], bias="all")
     with pytest.raises(ModelError, match="bias' cannot be trained here"):
         prepared(tiny_model("qwen2"), tmp_path / "run", adapter__start_from=str(tmp_path / "c"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("embeddings", ["device", "disk"])
+def test_lora_on_a_table_is_not_trained_on_beside_another_one(embeddings, tiny_model, tmp_path):
+    made_by_peft(tiny_model("llama"), "llama", tmp_path / "a", target_modules=["q_proj", "embed_tokens"])
+    settings = {"adapter__start_from": str(tmp_path / "a"), "memory__embeddings": embeddings}
+    prepared(tiny_model("llama"), tmp_path / "run", **settings)
+    tensors = load_file(tmp_path / "a" / WEIGHTS)
+    tensors["base_model.model.model.embed_tokens.base_layer.weight"][100, 7] += 0.1
+    save_file(tensors, tmp_path / "a" / WEIGHTS)
+    with pytest.raises(ModelError, match="model.embed_tokens.weight: this adapter was trained on other values"):
+        prepared(tiny_model("llama"), tmp_path / "run", **settings)
