@@ -4,7 +4,8 @@ How: an adapter's `TensorUpdate`s are applied once, when it is chosen, to the ba
 dtype; the model then holds the result where it held the base's (a parameter, the bias of a linear, or the table that a
 fetched embedding or head reads from, which then lives in host memory). The base's own are kept aside and come back.
 What is trained stands there itself: a parameter, a `TrainedTable`, or a branch over the base's table (`tables`).
-Memory: a changed tensor is there twice. Imported by: adapters.inject, adapters.store.
+Memory: a changed tensor is there twice, but for a table that is trained whole: the base's own is given up for it.
+Imported by: adapters.inject, adapters.store.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ Update = TensorUpdate | LoRABranch | TrainedTable | nn.Parameter  # the last thr
 def put_tensors(base: Base, names: Sequence[str]) -> None:
     """Give the model its tensors as these adapters have them.
 
-    Raises: ModelError: two of the adapters have different values for a tensor, which cannot be added up.
+    Raises: ModelError: two of the adapters have different values for a tensor, which cannot be added up; or the base's
+        own of one was given up.
     """
     wanted: dict[str, list[Update]] = {}
     for name in names:
@@ -39,11 +41,17 @@ def put_tensors(base: Base, names: Sequence[str]) -> None:
     for tensor, updates in wanted.items():
         if len(updates) > 1 and not all(_adds(update) for update in updates):
             raise ModelError(f"{tensor}: more than one of the adapters {list(names)} replaces it; choose one of them")
+    for tensor, own in base.replaced.items():
+        if own is None and tensor not in wanted:
+            raise ModelError(f"{tensor}: is being trained, and the base's own was given up for it; load the base again")
     while base.replaced:
-        _set(base.model, *base.replaced.popitem())
-    base.replaced.update({tensor: _get(base.model, tensor) for tensor in wanted})
+        tensor, own = base.replaced.popitem()
+        if own is not None:
+            _set(base.model, tensor, own)
     for tensor, updates in wanted.items():
-        _set(base.model, tensor, _updated(base.replaced[tensor], updates))
+        own = _get(base.model, tensor)
+        base.replaced[tensor] = None if isinstance(updates[0], TrainedTable) else own
+        _set(base.model, tensor, _updated(own, updates))
 
 
 def tensor_of(base: Base, name: str) -> Any:

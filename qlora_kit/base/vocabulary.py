@@ -228,6 +228,8 @@ class FetchedEmbedding(nn.Module):
 class FetchedHead(nn.Module):
     """Stands in the place of an output projection: brings it in by chunks of rows.
 
+    Called as a module it gives gradients of the hidden state alone; what is trained of it learns by `training.loss`.
+
     Attributes:
         weight: [V, D] on meta, for those who ask for its shape: there are no values.
     """

@@ -28,7 +28,7 @@ from qlora_kit.planning.quantities import (
     vocabulary_parameters,
 )
 from qlora_kit.planning.shapes import ModelShapes
-from qlora_kit.planning.trained import TABLE_ROWS, trained_branches, trained_sizes
+from qlora_kit.planning.trained import TABLE_ROWS, trained_branches, trained_sizes, trained_whole
 from qlora_kit.recipe import Recipe
 
 COMPONENTS = (
@@ -143,12 +143,20 @@ def quant_constants(shapes: ModelShapes, recipe: Recipe) -> int:
 def base_unquantized(shapes: ModelShapes, recipe: Recipe) -> int:
     """Embedding, head (once if tied), norms and biases in `model.dtype`; the linears too when nothing is quantized.
 
-    Without embedding and head where these live elsewhere.
+    Without embedding and head where these live elsewhere, or are trained whole.
     """
-    parameters = shapes.other_parameters - (vocabulary_parameters(shapes) if fetches_head(recipe) else 0)
+    away = vocabulary_parameters(shapes) if fetches_head(recipe) else given_up(shapes, recipe)
+    parameters = shapes.other_parameters - away
     if not is_quantized(recipe):
         parameters += resident_blocks(shapes, recipe) * shapes.block_linear_parameters
     return parameters * value_bytes(recipe)
+
+
+def given_up(shapes: ModelShapes, recipe: Recipe) -> int:
+    """Parameters of embedding and head whose own the base lets go of: trained whole; if they are tied, both of them."""
+    row, whole = shapes.architecture, trained_whole(shapes, recipe.adapter.modules_to_save)
+    trained = sum(f"{name}.weight" in whole for name in (row.embedding, row.head))
+    return (trained // 2 if shapes.tied else trained) * shapes.vocabulary * shapes.hidden
 
 
 def adapter_tensors(shapes: ModelShapes, recipe: Recipe) -> Mapping[int, int]:
@@ -169,7 +177,7 @@ def trainable_parameters(shapes: ModelShapes, recipe: Recipe) -> int:
 
 
 def adapter(shapes: ModelShapes, recipe: Recipe) -> int:
-    """A and B in `adapter.dtype`, and what is trained whole, of which the base keeps its own too."""
+    """A and B in `adapter.dtype`, and what is trained whole."""
     return trainable_parameters(shapes, recipe) * DTYPE_BYTES[recipe.adapter.dtype]
 
 

@@ -8,7 +8,7 @@ Imports no torch. Imported by planning/phases.
 from __future__ import annotations
 
 from qlora_kit.planning import activations, block, components
-from qlora_kit.planning.components import COMPONENTS, Ledger
+from qlora_kit.planning.components import COMPONENTS, LOSS_CHUNK_VOCABULARY, Ledger
 from qlora_kit.planning.quantities import (
     FP32,
     hidden_state,
@@ -138,6 +138,7 @@ def evaluation_moments(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) 
     """
     static = static_ledger(shapes, recipe, runtime_bytes) | {"gradients": 0}
     hidden = tokens(recipe) * shapes.hidden * (FP32 + value_bytes(recipe))
+    hidden += components.widened(shapes, recipe, tokens(recipe) + min(LOSS_CHUNK_VOCABULARY, shapes.vocabulary))
     arguments, passing = activations.call_arguments(shapes, recipe), activations.block_inputs(shapes, recipe, 1)
     return {
         "loss": static

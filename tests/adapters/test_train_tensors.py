@@ -195,8 +195,8 @@ def test_a_table_is_trained_in_pieces_that_share_its_memory(tiny_model, tmp_path
         torch.testing.assert_close(torch.cat(pieces), expected[f"{name}.0"], atol=1e-4, rtol=1e-2)
 
 
-def test_the_plain_base_comes_back_and_goes_again(tiny_model, tmp_path, ids):
-    run = prepared(tiny_model("qwen2"), tmp_path / "run", **WHOLE)
+def test_the_plain_base_comes_back_and_goes_again_unless_a_table_was_given_up(tiny_model, tmp_path, ids):
+    run = prepared(tiny_model("qwen2"), tmp_path / "run", **BRANCHES | {"adapter__modules_to_save": ["norm"]})
     before = load_base(run.recipe.model).model.state_dict().keys()
     train_step(run)
     changed = logits(run.base.model, ids)
@@ -205,6 +205,10 @@ def test_the_plain_base_comes_back_and_goes_again(tiny_model, tmp_path, ids):
     torch.testing.assert_close(logits(run.base.model, ids), logits(pretrained(tiny_model("qwen2")).eval(), ids))
     activate(run.base, ["default"])
     assert torch.equal(logits(run.base.model, ids), changed)
+    run = prepared(tiny_model("qwen2"), tmp_path / "run", **WHOLE)
+    activate(run.base, ["default"])
+    with pytest.raises(ModelError, match="weight: is being trained, and the base's own was given up"):
+        activate(run.base, [])
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

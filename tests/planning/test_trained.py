@@ -73,7 +73,22 @@ def test_the_plan_counts_them_in_adapter_gradients_and_optimizer() -> None:
             assert formula(shapes, asked) - formula(shapes, plain) == each * more
         lower_and_moments = components.optimizer(shapes, asked) - components.optimizer(shapes, plain)
         assert 4 * more < lower_and_moments < 4.1 * more
-        assert components.base_unquantized(shapes, asked) == components.base_unquantized(shapes, plain)
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "tables"),
+    [
+        (LLAMA, "lm_head", 1),
+        (LLAMA, "embed_tokens, lm_head", 2),
+        (LLAMA, "norm", 0),
+        ("qwen2.5-0.5b", "lm_head", 0),  # tied: the embedding still needs it
+        ("qwen2.5-0.5b", "embed_tokens, lm_head", 1),
+    ],
+)
+def test_the_base_gives_up_its_own_of_a_whole_table(model: str, names: str, tables: int) -> None:
+    shapes, asked = shapes_of(model), recipe(f"adapter.modules_to_save=[{names}]")
+    less = components.base_unquantized(shapes, recipe()) - components.base_unquantized(shapes, asked)
+    assert less == 2 * tables * shapes.vocabulary * shapes.hidden
 
 
 def test_auto_leaves_a_whole_table_on_the_device_and_its_kin_with_lora_may_go() -> None:
