@@ -40,7 +40,7 @@ def training_moments(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) ->
     block backward: that of the last recomputed block, when the kept ones are gone.
     first block backward: where all micro-batches of a step pass together, and gradients come block by block.
     embedding backward: there, of an embedding that is trained.
-    optimizer: where one of the two is trained whole: what the step takes for a piece of it.
+    optimizer step: where one of the two is trained whole: what the step takes for a piece of it.
     """
     static = static_ledger(shapes, recipe, runtime_bytes)
     kept, recomputed = activations.kept_activations(shapes, recipe), recomputed_blocks(shapes, recipe)
@@ -66,8 +66,6 @@ def training_moments(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) ->
             "logits": components.logits(shapes, recipe),
             "workspace": static["workspace"] + components.head_slots(shapes, recipe),
         },
-        "final norm": after_head
-        | {"activations": kept + _in_final_norm(shapes, recipe) + (together(recipe) - 1) * normed},
     }
     if of_head:
         moments["head backward"] = after_head | {
@@ -75,6 +73,8 @@ def training_moments(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) ->
             "logits": components.logits_made_again(shapes, recipe),
             "workspace": static["workspace"] + components.head_slots(shapes, recipe),
         }
+    in_norm = _in_final_norm(shapes, recipe) + (together(recipe) - 1) * normed
+    moments["final norm"] = after_head | {"activations": kept + in_norm}
     if recomputed < shapes.layers:
         moments["kept block backward"] = static | {"activations": activations.in_kept_backward(shapes, recipe)}
     if recomputed:
@@ -89,7 +89,7 @@ def training_moments(shapes: ModelShapes, recipe: Recipe, runtime_bytes: int) ->
         rows = activations.call_arguments(shapes, recipe) + passing
         moments["embedding backward"] = static | {"activations": rows, "gradients": gradients}
     if trained_whole_table(shapes, recipe.adapter):
-        moments["optimizer"] = static | {
+        moments["optimizer step"] = static | {
             "gradients": gradients,
             "optimizer": static["optimizer"] + components.in_optimizer_step(shapes, recipe),
         }

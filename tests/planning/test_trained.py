@@ -6,7 +6,9 @@ import pytest
 
 from qlora_kit.errors import RecipeError
 from qlora_kit.planning import components
+from qlora_kit.planning.moments import training_moments
 from qlora_kit.planning.planner import make_plan
+from qlora_kit.planning.report import MOMENTS
 from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
 from qlora_kit.planning.stack_plan import plan_in_stack
 from qlora_kit.planning.trained import trained_branches, trained_sizes, trained_whole
@@ -103,3 +105,9 @@ def test_auto_leaves_a_whole_table_on_the_device_and_its_kin_with_lora_may_go() 
 def test_another_stack_is_not_asked_for_it() -> None:
     with pytest.raises(RecipeError, match="--stack peft: .*leave out adapter.modules_to_save"):
         plan_in_stack(recipe("adapter.modules_to_save=[norm]"), "peft")
+
+
+def test_every_moment_has_words_in_the_report() -> None:
+    asked = recipe("adapter.modules_to_save=[embed_tokens, lm_head]", "train.grad_accumulation=1")
+    moments = training_moments(shapes_of(LLAMA), asked, 0)
+    assert {"head backward", "embedding backward", "optimizer step"} <= moments.keys() <= MOMENTS.keys()
