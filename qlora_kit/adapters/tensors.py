@@ -42,7 +42,7 @@ def put_tensors(base: Base, names: Sequence[str]) -> None:
         if len(updates) > 1 and not all(_adds(update) for update in updates):
             raise ModelError(f"{tensor}: more than one of the adapters {list(names)} replaces it; choose one of them")
     for tensor, own in base.replaced.items():
-        if own is None and tensor not in wanted:
+        if own is None and not any(isinstance(update, TrainedTable) for update in wanted.get(tensor, [])):
             raise ModelError(f"{tensor}: is being trained, and the base's own was given up for it; load the base again")
     while base.replaced:
         tensor, own = base.replaced.popitem()

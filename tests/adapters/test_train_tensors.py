@@ -209,6 +209,9 @@ def test_the_plain_base_comes_back_and_goes_again_unless_a_table_was_given_up(ti
     activate(run.base, ["default"])
     with pytest.raises(ModelError, match="weight: is being trained, and the base's own was given up"):
         activate(run.base, [])
+    save_adapter(run.base, tmp_path / "a")
+    with pytest.raises(ModelError, match="weight: is being trained, and the base's own was given up"):
+        load_adapter(run.base, tmp_path / "a", "other")
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
