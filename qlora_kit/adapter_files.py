@@ -21,6 +21,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZER = "tokenizer.json"
 PREFIX = "base_model.model."
 PAIR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")  # linear, and which of its two
+# A branch: the linear, or table, and which of its two. An embedding's have names of their own.
+BRANCH = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+IN_BLOCK = re.compile(r"(.+?\.\d+)\.(.+)")  # a module of a decoder block: the block, and the rest of its name
 HEADER_BYTES_LIMIT = 100 << 20  # safetensors' own
 # PEFT's switches that change the product in a way that is not built here, each with the values that leave it alone.
 OFF: dict[str, tuple[Any, ...]] = {
@@ -100,39 +103,63 @@ def _pattern_matches(pattern: str, module: str, folder: Path) -> bool:
 
 
 def trainable(folder: Path) -> dict[str, Any]:
-    """What a recipe that starts from an adapter takes over: `rank` (the largest), `alpha`, `dropout`, `target_modules`.
+    """What a recipe that starts from an adapter takes over.
 
+    Returns: `rank` (the largest), `alpha`, `dropout`, `target_modules`, `modules_to_save`.
     Raises: ModelError: no LoRA adapter there, or it holds what is not trained here.
     """
-    config, ranks = read_config(folder), {}
-    for key, shape in tensor_shapes(folder).items():
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+\.\d+\..+)\.lora_([AB])\.weight", key)
-        if match is None or config.get("use_dora"):
-            what = "a DoRA adapter" if config.get("use_dora") else f"tensor {key!r}"
-            raise ModelError(
-                f"{folder}: {what} cannot be trained here, only LoRA on the linears of the decoder blocks; "
-                "this adapter runs (generate, eval) and merges"
-            )
-        if match[2] == "A":
-            ranks[match[1]] = shape[0]
-    if not ranks:
-        raise ModelError(f"{folder / WEIGHTS}: holds no lora_A: the adapter is empty")
+    config, ranks, saved = read_config(folder), dict[str, int](), set[str]()
+    if config.get("use_dora"):
+        raise _not_trained(folder, "a DoRA adapter")
+    shapes = tensor_shapes(folder)
+    for key, shape in shapes.items():
+        branch, module = BRANCH.fullmatch(key), key.removeprefix(PREFIX).rpartition(".")[0]
+        if branch is not None:
+            if branch[2] == "A":
+                ranks[branch[1]] = shape[0]
+        elif key.endswith(".base_layer.weight"):  # the base's own, below a branch on embedding or head
+            continue
+        elif f"{PREFIX}{module}.weight" in shapes and not (len(shape) > 1 and _is_in_block(module)):
+            saved.add(module)
+        else:
+            raise _not_trained(folder, f"tensor {key!r}")
+    if not any(map(_is_in_block, ranks)):
+        raise ModelError(
+            f"{folder / WEIGHTS}: holds no lora_A of a linear of the decoder blocks; an adapter without is not trained "
+            "on; it runs and merges"
+        )
+    if config.get("ensure_weight_tying") and (saved or not all(map(_is_in_block, ranks))):
+        raise _not_trained(folder, "one that ties embedding and head (ensure_weight_tying)")
     return {
         "rank": max(ranks.values()),
         "alpha": number(config, "lora_alpha", 8, folder),
         "dropout": number(config, "lora_dropout", 0.0, folder),
-        "target_modules": _targets(list(ranks)),
+        "target_modules": shortest(list(ranks)),
+        "modules_to_save": shortest(list(saved)),
     }
 
 
-def _targets(linears: list[str]) -> list[str]:
-    """The shortest list of names that selects these linears: without the block's number where every block is alike."""
+def _is_in_block(module: str) -> bool:
+    return IN_BLOCK.match(module) is not None
+
+
+def _not_trained(folder: Path, what: str) -> ModelError:
+    return ModelError(
+        f"{folder}: {what} cannot be trained here, only LoRA on linears, embedding and head, and embedding, head and "
+        "norms of modules_to_save; this adapter runs (generate, eval) and merges"
+    )
+
+
+def shortest(modules: list[str]) -> list[str]:
+    """The shortest list of names that selects these modules: without the block's number where every block is alike."""
     by_block: dict[str, list[str]] = {}
-    for linear in linears:
-        block, name = re.fullmatch(r"(.+?\.\d+)\.(.+)", linear).groups()  # type: ignore[union-attr]
-        by_block.setdefault(block, []).append(name)
+    outside = [module for module in modules if not _is_in_block(module)]
+    for module in modules:
+        if match := IN_BLOCK.match(module):
+            by_block.setdefault(match[1], []).append(match[2])
     alike = {frozenset(names) for names in by_block.values()}
-    return sorted(alike.pop()) if len(alike) == 1 else sorted(linears)
+    inside = alike.pop() if len(alike) == 1 else set(modules) - set(outside)
+    return sorted({*inside, *outside})
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:

@@ -67,7 +67,7 @@ def plan_recipe(
         return plan_in_stack(recipe, stack, budget_bytes=budget_bytes, gpu=gpu, shapes=shapes)
     shapes = shapes or read_shapes(recipe)
     plan = make_plan(recipe, budget_bytes=budget_bytes, gpu=gpu, shapes=shapes)
-    for text in serving_notes(recipe, shapes.model_type):
+    for text in serving_notes(recipe, shapes):
         note(text)
     return plan
 

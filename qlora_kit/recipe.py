@@ -83,7 +83,12 @@ class Adapter(_Section):
     rank: Positive = Field(16)
     alpha: Annotated[float, Field(gt=0)] = Field(32, description="the branch is scaled by alpha / rank")
     dropout: Fraction = Field(0.0, description="on the branch's input, repeatable from the seed")
-    target_modules: str | list[str] = Field("all-linear", description="all-linear, a list of names, or a regex")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="all-linear, a list of names (also of embedding and head), or a regex"
+    )
+    modules_to_save: list[str] = Field(
+        [], description="ends of names: embedding, head, norms that are trained whole, such as [embed_tokens, lm_head]"
+    )
     dtype: DType = Field("bfloat16")
     init: Literal["gaussian", "kaiming"] = Field("gaussian", description="of A; B is always zero")
 
@@ -95,7 +100,7 @@ class Adapter(_Section):
             return values
         folder = values["start_from"]
         found = trainable(Path(folder))
-        for key in ("rank", "alpha", "target_modules"):
+        for key in ("rank", "alpha", "target_modules", "modules_to_save"):
             if key in values and values[key] != found[key]:
                 raise ValueError(f"{key}: found {values[key]}, the adapter in {folder} has {found[key]}; leave it out")
         return found | values
@@ -262,6 +267,15 @@ class Recipe(_Section):
             raise ValueError(f"output {self.output!r} lies in the base model's folder {self.model.path!r}")
         if self.adapter.start_from is not None and output in Path(self.adapter.start_from).resolve().parents:
             raise ValueError(f"adapter.start_from {self.adapter.start_from!r} lies in output {self.output!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _trained_tensors_are_computed_with(self) -> Recipe:
+        if self.adapter.modules_to_save and self.adapter.dtype != self.model.dtype:
+            raise ValueError(
+                f"adapter.dtype: found {self.adapter.dtype}; with adapter.modules_to_save it is model.dtype, "
+                f"{self.model.dtype}, since what is trained whole stands in the base's place"
+            )
         return self
 
     @property

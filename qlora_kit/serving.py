@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.adapter_files import PREFIX, read_config, scale_of, tensor_shapes
+from qlora_kit.adapter_files import BRANCH, IN_BLOCK, PREFIX, read_config, scale_of, tensor_shapes
+from qlora_kit.planning.trained import trained_branches
 
 if TYPE_CHECKING:
+    from qlora_kit.planning.shapes import ModelShapes
     from qlora_kit.recipe import Recipe
 
 
@@ -30,6 +32,7 @@ class Server:
         rank_option: how another is asked for.
         refuses: feature -> what happens; see `features`.
         architectures: of ARCHITECTURES, what happens to an adapter of one that cannot be served.
+        tables: those where LoRA on embedding and head is served; None: all.
     """
 
     source: str
@@ -38,8 +41,10 @@ class Server:
     ranks: tuple[int, ...] = ()
     default_rank: int = 0
     rank_option: str = ""
+    tables: frozenset[str] | None = None
 
 
+TABLES, TIED_HEAD = "LoRA on embedding or head", "LoRA on a tied head"
 _STOPS = "its converter stops"
 SERVERS: dict[str, Server] = {
     "vLLM": Server(
@@ -47,6 +52,7 @@ SERVERS: dict[str, Server] = {
         ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
         default_rank=16,
         rank_option="--max-lora-rank",
+        tables=frozenset({"llama", "qwen3", "phi3"}),  # their classes have `embedding_modules`
         refuses={
             "DoRA": "it is refused",
             "trained modules": "modules_to_save is refused",
@@ -62,6 +68,7 @@ SERVERS: dict[str, Server] = {
             "trained modules": f"{_STOPS} at embeddings and heads, and trained norms are dropped without a word",
             "biases": _STOPS,
             "token rows": _STOPS,
+            TIED_HEAD: "it is refused, since a tied head is no tensor there",
             "rsLoRA": "its scale is taken as alpha / rank, without a word",
             "alphas that differ": "lora_alpha is taken for all, without a word",
         },
@@ -77,12 +84,14 @@ def features(config: Mapping[str, Any], names: Iterable[str]) -> set[str]:
         config: its adapter_config.json.
         names: of the tensors in its file.
     """
+    names = list(names)
     ends = {name.removeprefix(PREFIX).rpartition(".") for name in names if ".lora_" not in name}
     found = {"DoRA"} if config.get("use_dora") else set()
     found |= {"rsLoRA"} if config.get("use_rslora") else set()
     found |= {"alphas that differ"} if config.get("alpha_pattern") else set()
     found |= {"trained modules" for module, _, leaf in ends if leaf == "weight" and not module.endswith("base_layer")}
     found |= {"biases" for _, _, leaf in ends if leaf == "bias"}
+    found |= {TABLES for name in names if (match := BRANCH.fullmatch(name)) and not IN_BLOCK.match(match[1])}
     return found | {"token rows" for _, _, leaf in ends if leaf == "trainable_tokens_delta"}
 
 
@@ -94,9 +103,11 @@ def obstacles(model_type: str, rank: int, found: Iterable[str] = ()) -> list[str
         rank: the largest of the adapter.
         found: its `features`.
     """
-    lines = []
+    lines, found = [], set(found)
     for name, server in SERVERS.items():
         reasons = [f"{feature}: {server.refuses[feature]}" for feature in sorted(found) if feature in server.refuses]
+        if TABLES in found and server.tables is not None and model_type not in server.tables:
+            reasons.append(f"{TABLES}: only where its class has them, {', '.join(sorted(server.tables))}")
         reasons += [server.architectures[model_type]] if model_type in server.architectures else []
         allowed = next((limit for limit in server.ranks if limit >= rank), None)
         if server.ranks and allowed is None:
@@ -108,11 +119,16 @@ def obstacles(model_type: str, rank: int, found: Iterable[str] = ()) -> list[str
     return lines
 
 
-def serving_notes(recipe: Recipe, model_type: str) -> list[str]:
+def serving_notes(recipe: Recipe, shapes: ModelShapes) -> list[str]:
     """`obstacles` of the adapter that a recipe will make: it is written with alphas, rsLoRA's scales too."""
-    alphas = set() if recipe.adapter.start_from is None else _alphas(Path(recipe.adapter.start_from))
+    adapter = recipe.adapter
+    alphas = set() if adapter.start_from is None else _alphas(Path(adapter.start_from))
     found = {"alphas that differ"} if len(alphas) > 1 else set[str]()
-    return obstacles(model_type, recipe.adapter.rank, found)
+    found |= {"trained modules"} if adapter.modules_to_save else set()
+    branches = trained_branches(shapes, adapter.target_modules)
+    found |= {TABLES} if branches else set()
+    found |= {TIED_HEAD} if shapes.tied and shapes.architecture.head in branches else set()
+    return obstacles(shapes.model_type, adapter.rank, found)
 
 
 def _alphas(folder: Path) -> set[float]:

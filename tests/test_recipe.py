@@ -67,6 +67,7 @@ USERS_OWN = {"model.path", "data.train", "data.eval", "train.steps", "output"}
 ADDED = {  # later than the contract
     *("memory.resident_blocks", "memory.embeddings", "memory.keep_dequantized", "memory.micro_batches_together"),
     *("memory.host_blocks", "memory.mlp_tile_tokens", "memory.on_oom", "adapter.start_from"),
+    "adapter.modules_to_save",
     *("model.dtype", "model.keep_quantized", "train.epochs", "train.trackers", "train.master_weights"),
 }
 CHOICES = [

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 from qlora_kit.adapters.store import save_adapter
 from qlora_kit.architectures import ARCHITECTURES
 from qlora_kit.cli import app
+from qlora_kit.planning.shapes import model_shapes, read_config
 from qlora_kit.recipe import Recipe
-from qlora_kit.serving import SERVERS, features, obstacles, serving_notes
+from qlora_kit.serving import SERVERS, TABLES, features, obstacles, serving_notes
 from tests.peft_adapters import made_by_peft
 
 PLAIN = {"base_model.model.model.layers.0.q_proj.lora_A.weight"}
@@ -44,7 +45,7 @@ def test_each_feature_is_found_and_named(config, name, feature, servers):
 
 
 def test_copies_of_the_base_beside_lora_on_a_head_are_no_trained_modules():
-    assert features({}, {f"{HEAD}.base_layer.weight", f"{HEAD}.lora_A.weight", f"{HEAD}.lora_B.weight"}) == set()
+    assert features({}, {f"{HEAD}.base_layer.weight", f"{HEAD}.lora_A.weight", f"{HEAD}.lora_B.weight"}) == {TABLES}
 
 
 @pytest.mark.parametrize(("rank", "limit"), [(17, 32), (64, 64), (300, 320), (512, 512)])
@@ -79,7 +80,27 @@ def test_plan_says_it_when_the_recipe_is_read(tiny_model, tmp_path: Path):
 def test_a_recipe_that_starts_from_an_adapter_is_told_of_what_it_will_write(settings, lines, tiny_model, tmp_path):
     made_by_peft(tiny_model("llama"), "llama", tmp_path, target_modules=["q_proj", "v_proj"], **settings)
     values = {"model": {"path": "m"}, "adapter": {"start_from": str(tmp_path)}, "data": {"train": "t"}}
-    assert len(serving_notes(Recipe.model_validate(values), "llama")) == lines
+    shapes = model_shapes(*read_config(str(tiny_model("llama"))))
+    assert len(serving_notes(Recipe.model_validate(values), shapes)) == lines
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "said"),
+    [
+        ("llama", {"modules_to_save": ["lm_head"]}, ["vLLM: modules_to_save is refused", "llama.cpp: its converter"]),
+        ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, []),
+        ("mistral", {"target_modules": ["q_proj", "lm_head"]}, ["vLLM: only where its class has them, llama"]),
+        ("qwen2", {"target_modules": ["q_proj", "lm_head"]}, ["vLLM: only where", "llama.cpp: it is refused, since a"]),
+    ],
+)
+def test_what_is_trained_beside_the_linears_is_told_of_when_the_recipe_is_read(model_type, settings, said, tiny_model):
+    values = {"model": {"path": "m"}, "adapter": settings, "data": {"train": "t"}}
+    shapes = model_shapes(*read_config(str(tiny_model(model_type))))
+    lines = serving_notes(Recipe.model_validate(values), shapes)
+    assert len(lines) == len(said)
+    for line, words in zip(lines, said):
+        server, _, reason = words.partition(": ")
+        assert line.startswith(server) and f": {reason}" in line
 
 
 def test_the_page_on_adapters_names_the_sources():

@@ -7,7 +7,8 @@ Why: a formula that holds for the recipes at hand may be wrong for the next one.
 the catalogue at their real widths, as `plan --simulate` runs them, with a budget that is never met. `cpu`: small ones
 with real numbers, as `profile` follows them (checkpoints are made in D and kept). Depth is cut to some blocks where it
 adds nothing but time. Each switch runs through its values in an order of its own, so that every value meets many of the
-others', and every architecture is there. The tests check what the grid covers. Imported by: tests.
+others', and every architecture is there. Two points of each half train more than linears (`BESIDE`).
+The tests check what the grid covers. Imported by: tests.
 """
 
 from __future__ import annotations
@@ -111,6 +112,19 @@ MODELS: dict[str, tuple[tuple[tuple[str, int | None], ...], int]] = {
 }
 
 
+# Of each half: models with what they train beside the linears of the blocks, on the first point's switches.
+BESIDE: dict[str, tuple[tuple[str, int | None, Values], ...]] = {
+    half: (
+        (whole, layers, {"adapter.modules_to_save": "[embed_tokens, lm_head, norm]"}),
+        (branches, layers, {"adapter.target_modules": "[q_proj, v_proj, embed_tokens, lm_head]"}),
+    )
+    for half, whole, branches, layers in (
+        ("simulated", "llama-3.1-8b", "qwen2.5-7b", 4),
+        ("cpu", "smollm2-360m", "smollm2-360m", 3),
+    )
+}
+
+
 @dataclass(frozen=True)
 class Point:
     """One model with one set of switches, and what was found.
@@ -144,6 +158,13 @@ def grid(half: str) -> list[Point]:
         Point(half, *models[number % len(models)], {key: column[number] for key, column in columns.items()})
         for number in range(count)
     ]
+
+
+def beside(half: str) -> list[Point]:
+    """Those that train more than linears of the blocks."""
+    settled = {"adapter.dtype": "bfloat16", "memory.embeddings": "device"}
+    values = grid(half)[0].values | settled
+    return [Point(half, model, layers, values | trained) for model, layers, trained in BESIDE[half]]
 
 
 def _column(key: str, values: Sequence[Any], count: int) -> list[Any]:
@@ -200,7 +221,7 @@ MEASURES = {"simulated": measure_simulated, "cpu": measure_cpu}
 
 def measured_points(halves: Sequence[str], folder: Path) -> Iterator[Point]:
     """Every point of the halves, one after the other."""
-    points = [point for half in halves for point in grid(half)]
+    points = [point for half in halves for point in (*grid(half), *beside(half))]
     with progress("steps", len(points)) as advance, tempfile.TemporaryDirectory() as scratch:
         for point in points:
             yield MEASURES[point.half](point, folder if point.half == "cpu" else Path(scratch))

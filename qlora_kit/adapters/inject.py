@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from qlora_kit import recipe
 from qlora_kit.adapters.initialise import LORA_INITIALISATIONS
 from qlora_kit.adapters.lora import DropoutSeed, LoRABranch, mixed_seed
-from qlora_kit.adapters.tensors import put_tensors
+from qlora_kit.adapters.tables import TrainedTable
+from qlora_kit.adapters.tensors import put_tensors, tensor_of, trained_tensor
 from qlora_kit.base.loader import Base
 from qlora_kit.errors import ModelError, RecipeError, nearest
-from qlora_kit.planning.shapes import matches
+from qlora_kit.planning.shapes import matches, model_shapes
+from qlora_kit.planning.trained import trained_branches, trained_whole
 
 DEFAULT = "default"
 
@@ -37,23 +40,47 @@ def inject(base: Base, settings: recipe.Adapter, seed: int, name: str = DEFAULT)
             f"adapter.target_modules: {settings.target_modules!r} matches no linear of the decoder blocks; "
             f"they are {', '.join(leaves)}{nearest(wrong, leaves)}"
         )
-    dropout_seed, dtype = DropoutSeed(), getattr(torch, settings.dtype)
+    dropout_seed = DropoutSeed()
     for index, (linear_name, linear) in enumerate(linears.items()):
-        if linear_name not in targets:
-            continue
-        generator = torch.Generator().manual_seed(mixed_seed("lora_A", seed, index))
-        lora_A = torch.empty(settings.rank, linear.in_features)
-        LORA_INITIALISATIONS[settings.init](lora_A, generator)
-        linear.branches[name] = LoRABranch(
-            lora_A.to(base.device, dtype),
-            torch.zeros(linear.out_features, settings.rank, device=base.device, dtype=dtype),
-            scale=settings.scale,
-            dropout_probability=settings.dropout,
-            dropout_seed=dropout_seed,
-            index=index,
-        )
+        if linear_name in targets:
+            shape = (linear.out_features, linear.in_features)
+            linear.branches[name] = _fresh(base, settings, seed, shape, index, dropout_seed)
+    base.updates[name] = _fresh_tensors(base, settings, seed, dropout_seed)
     activate(base, [name])
     return dropout_seed
+
+
+def _fresh(
+    base: Base, settings: recipe.Adapter, seed: int, shape: tuple[int, ...], index: int, dropout_seed: DropoutSeed
+) -> LoRABranch:
+    """The branch of a matrix [O, I], A random and B zero."""
+    dtype, (out_features, in_features) = getattr(torch, settings.dtype), shape
+    generator = torch.Generator().manual_seed(mixed_seed("lora_A", seed, index))
+    lora_A = torch.empty(settings.rank, in_features)
+    LORA_INITIALISATIONS[settings.init](lora_A, generator)
+    return LoRABranch(
+        lora_A.to(base.device, dtype),
+        torch.zeros(out_features, settings.rank, device=base.device, dtype=dtype),
+        scale=settings.scale,
+        dropout_probability=settings.dropout,
+        dropout_seed=dropout_seed,
+        index=index,
+    )
+
+
+def _fresh_tensors(base: Base, settings: recipe.Adapter, seed: int, dropout_seed: DropoutSeed) -> dict[str, Any]:
+    """What is trained outside the linears of the blocks, as the base has it; see `planning.trained`."""
+    if not settings.modules_to_save and isinstance(settings.target_modules, str):
+        return {}
+    shapes = model_shapes(base.model.config.to_dict(), str(base.folder))
+    found: dict[str, Any] = {
+        tensor: trained_tensor(base, tensor, tensor_of(base, tensor))
+        for tensor in trained_whole(shapes, settings.modules_to_save)
+    }
+    for number, module in enumerate(trained_branches(shapes, settings.target_modules)):
+        index, size = len(base.linears()) + number, (shapes.vocabulary, shapes.hidden)
+        found[f"{module}.weight"] = _fresh(base, settings, seed, size, index, dropout_seed)
+    return found
 
 
 def branches(base: Base, name: str = DEFAULT) -> dict[str, LoRABranch]:
@@ -68,7 +95,7 @@ def branches(base: Base, name: str = DEFAULT) -> dict[str, LoRABranch]:
 def adapter_names(base: Base) -> list[str]:
     """The adapters that this base carries, in the order in which they came."""
     on_linears = dict.fromkeys(name for linear in base.linears().values() for name in linear.branches)
-    return list(on_linears | dict.fromkeys(base.updates))
+    return list(on_linears | dict.fromkeys(name for name, updates in base.updates.items() if updates))
 
 
 def activate(base: Base, names: Iterable[str]) -> None:
@@ -142,7 +169,16 @@ def unmerge(base: Base) -> None:
 
 
 def trainable_parameters(base: Base, name: str = DEFAULT) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) of an adapter: `model.layers.0.self_attn.q_proj.lora_A` and so on."""
-    for linear_name, branch in branches(base, name).items():
-        yield f"{linear_name}.lora_A", branch.lora_A
-        yield f"{linear_name}.lora_B", branch.lora_B
+    """(name, parameter) of an adapter: `model.layers.0.self_attn.q_proj.lora_A` and so on.
+
+    Of an embedding or head that is trained whole: its pieces, `lm_head.weight.0` and so on.
+    """
+    hung: dict[str, Any] = {**branches(base, name), **base.updates.get(name, {})}
+    for owner, trained in hung.items():
+        if isinstance(trained, LoRABranch):
+            yield f"{owner}.lora_A", trained.lora_A
+            yield f"{owner}.lora_B", trained.lora_B
+        elif isinstance(trained, TrainedTable):
+            yield from ((f"{owner}.{index}", piece) for index, piece in enumerate(trained.pieces))
+        elif isinstance(trained, torch.nn.Parameter):
+            yield owner, trained

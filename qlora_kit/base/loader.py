@@ -49,7 +49,7 @@ class Base:
         streamer: brings in the blocks that do not live on the device; None: all of them do.
         updates: what each adapter makes of tensors that are no weight of a block's linear, by name; see
             `adapters.tensors`.
-        replaced: the base's own, while adapters have others in their place.
+        replaced: the base's own, while adapters have others in their place; None: it was given up.
     """
 
     model: Any

@@ -9,6 +9,7 @@ Imports no torch. Imported by planning; by base, training and export for the siz
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from math import prod
 
@@ -27,6 +28,7 @@ from qlora_kit.planning.quantities import (
     vocabulary_parameters,
 )
 from qlora_kit.planning.shapes import ModelShapes
+from qlora_kit.planning.trained import TABLE_ROWS, trained_branches, trained_sizes, trained_whole
 from qlora_kit.recipe import Recipe
 
 COMPONENTS = (
@@ -141,33 +143,53 @@ def quant_constants(shapes: ModelShapes, recipe: Recipe) -> int:
 def base_unquantized(shapes: ModelShapes, recipe: Recipe) -> int:
     """Embedding, head (once if tied), norms and biases in `model.dtype`; the linears too when nothing is quantized.
 
-    Without embedding and head where these live elsewhere.
+    Without embedding and head where these live elsewhere, or are trained whole.
     """
-    parameters = shapes.other_parameters - (vocabulary_parameters(shapes) if fetches_head(recipe) else 0)
+    away = vocabulary_parameters(shapes) if fetches_head(recipe) else given_up(shapes, recipe)
+    parameters = shapes.other_parameters - away
     if not is_quantized(recipe):
         parameters += resident_blocks(shapes, recipe) * shapes.block_linear_parameters
     return parameters * value_bytes(recipe)
 
 
+def given_up(shapes: ModelShapes, recipe: Recipe) -> int:
+    """Parameters of embedding and head whose own the base lets go of: trained whole; if they are tied, both of them."""
+    row, whole = shapes.architecture, trained_whole(shapes, recipe.adapter.modules_to_save)
+    trained = sum(f"{name}.weight" in whole for name in (row.embedding, row.head))
+    return (trained // 2 if shapes.tied else trained) * shapes.vocabulary * shapes.hidden
+
+
 def adapter_tensors(shapes: ModelShapes, recipe: Recipe) -> Mapping[int, int]:
-    """Parameters of a trained tensor, A [rank, in] or B [out, rank] of a target -> how many tensors have as many."""
-    sides = target_sides(shapes, recipe)
-    return {recipe.adapter.rank * side: count for side, count in sides.items()}
+    """Parameters of a trained tensor -> how many tensors have as many.
+
+    A [rank, in] and B [out, rank] of each target, and what is trained whole, a table in pieces (`planning.trained`).
+    """
+    sizes = Counter({recipe.adapter.rank * side: count for side, count in target_sides(shapes, recipe).items()})
+    return sizes + trained_sizes(shapes, recipe.adapter)
 
 
 def trainable_parameters(shapes: ModelShapes, recipe: Recipe) -> int:
-    """rank * (in + out), summed over the targets. Source: Hu et al. 2021 (arXiv:2106.09685), section 4.2."""
+    """rank * (in + out), summed over the targets, and what is trained whole.
+
+    Source: Hu et al. 2021 (arXiv:2106.09685), section 4.2.
+    """
     return sum(size * count for size, count in adapter_tensors(shapes, recipe).items())
 
 
 def adapter(shapes: ModelShapes, recipe: Recipe) -> int:
-    """A and B in `adapter.dtype`."""
+    """A and B in `adapter.dtype`, and what is trained whole."""
     return trainable_parameters(shapes, recipe) * DTYPE_BYTES[recipe.adapter.dtype]
 
 
 def gradients(shapes: ModelShapes, recipe: Recipe) -> int:
-    """Of A and B, in their dtype; accumulated in place, so grad_accumulation costs nothing more."""
+    """Of all that is trained, in its dtype; accumulated in place, so grad_accumulation costs nothing more."""
     return adapter(shapes, recipe)
+
+
+def gradients_of(shapes: ModelShapes, recipe: Recipe, module: str) -> int:
+    """The part of them that is a module's outside the linears of the blocks: embedding's, head's."""
+    sizes = trained_sizes(shapes, recipe.adapter, module)
+    return DTYPE_BYTES[recipe.adapter.dtype] * sum(size * count for size, count in sizes.items())
 
 
 def optimizer(shapes: ModelShapes, recipe: Recipe) -> int:
@@ -180,6 +202,18 @@ def optimizer(shapes: ModelShapes, recipe: Recipe) -> int:
         lower_bytes, dtype_bytes = FP32 - dtype_bytes, FP32
     tensors = adapter_tensors(shapes, recipe).items()
     return sum(count * (row.state_bytes(size, dtype_bytes) + lower_bytes * size) for size, count in tensors)
+
+
+def in_optimizer_step(shapes: ModelShapes, recipe: Recipe) -> int:
+    """What a step makes and lets go of.
+
+    With master weights of the largest tensor its fp32 value and gradient, and the two halves that it is taken apart
+    into (`training.optim`). Without them torch's own optimizer makes a denominator for all tensors at once (on a CPU it
+    does not).
+    """
+    if recipe.keeps_master_weights:
+        return 4 * FP32 * max(adapter_tensors(shapes, recipe))
+    return adapter(shapes, recipe) if OPTIMIZERS[recipe.train.optimizer].in_dtype else 0
 
 
 # ------------------------------------------------------------------------------------- the head, and what is reused
@@ -195,6 +229,13 @@ def logits(shapes: ModelShapes, recipe: Recipe, with_gradient: bool = True) -> i
     squares = FP32 if shapes.softcap and with_gradient else 0
     per_element = (dtype_bytes if dtype_bytes < FP32 else 0) + FP32 + squares
     return loss_chunk_tokens(recipe) * min(shapes.vocabulary, LOSS_CHUNK_VOCABULARY) * per_element
+
+
+def logits_made_again(shapes: ModelShapes, recipe: Recipe) -> int:
+    """The same in the backward of a head that is trained: more tokens by fewer rows, at most as many."""
+    wide = min(LOSS_CHUNK_VOCABULARY // TABLE_ROWS * loss_chunk_tokens(recipe), tokens(recipe))
+    narrow = loss_chunk_tokens(recipe) * min(shapes.vocabulary, LOSS_CHUNK_VOCABULARY)
+    return logits(shapes, recipe) * wide * min(shapes.vocabulary, TABLE_ROWS) // narrow
 
 
 def fetches_head(recipe: Recipe) -> bool:
@@ -225,7 +266,16 @@ def around_head(shapes: ModelShapes, recipe: Recipe) -> int:
     together = tokens(recipe) if fetches_head(recipe) else chunk
     added = FP32 + (dtype_bytes if dtype_bytes < FP32 else 0)
     rows = (tokens(recipe) * (FP32 + 2 * dtype_bytes), together * (FP32 + dtype_bytes), chunk * added)
-    return shapes.hidden * sum(rows)
+    return shapes.hidden * sum(rows) + widened(
+        shapes, recipe, tokens(recipe) + min(LOSS_CHUNK_VOCABULARY, shapes.vocabulary)
+    )
+
+
+def widened(shapes: ModelShapes, recipe: Recipe, rows: int) -> int:
+    """Of a head with a branch: so many hidden states with A x beside them, or rows with B beside them."""
+    if shapes.architecture.head not in trained_branches(shapes, recipe.adapter.target_modules):
+        return 0
+    return rows * (shapes.hidden + recipe.adapter.rank) * value_bytes(recipe)
 
 
 def workspace(shapes: ModelShapes, recipe: Recipe) -> int:

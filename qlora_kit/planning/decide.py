@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from qlora_kit.errors import RecipeError
 from qlora_kit.planning import components
 from qlora_kit.planning.hardware import Device, host_memory_bytes
 from qlora_kit.planning.phases import away_bytes, offloaded_bytes, peak_bytes
@@ -28,6 +29,7 @@ from qlora_kit.planning.quantities import (
     value_bytes,
 )
 from qlora_kit.planning.shapes import ModelShapes
+from qlora_kit.planning.trained import trained_whole_table
 from qlora_kit.recipe import Memory, Recipe
 
 RESIDENT_SHARE = 0.95  # of the device's memory that may be filled up: what is planned is not all that a device holds
@@ -69,13 +71,26 @@ def _placed(shapes: ModelShapes, recipe: Recipe, device: Device) -> Recipe:
     for placement in _choices(recipe.memory.placement, device):
         options = [
             _filled(shapes, with_memory(recipe, placement=placement, embeddings=embeddings), device)
-            for embeddings in _choices(recipe.memory.embeddings, device)
+            for embeddings in _homes_of_tables(shapes, recipe, device)
         ]
         fitting = [option for option in options if _fits(shapes, recipe.memory, option, device)]
         if fitting:
             return min(fitting, key=lambda option: _fetch_cost(shapes, option))
         tried += options
     return min(tried, key=lambda option: peak_bytes(shapes, option, device))
+
+
+def _homes_of_tables(shapes: ModelShapes, recipe: Recipe, device: Device) -> list[str]:
+    """Where embedding and head may live. Raises: RecipeError: elsewhere, although one of them is trained whole."""
+    wanted, trained = recipe.memory.embeddings, trained_whole_table(shapes, recipe.adapter)
+    if trained is None:
+        return _choices(wanted, device)
+    if wanted in ("host", "disk"):
+        raise RecipeError(
+            f"memory.embeddings: found {wanted}, but {trained!r} is trained whole (adapter.modules_to_save), which "
+            "takes the device; set auto or device, or give it LoRA: name it in adapter.target_modules"
+        )
+    return ["device"]
 
 
 def _choices(wanted: str, device: Device) -> list[str]:

@@ -20,6 +20,7 @@ from qlora_kit.architecture_parts import LinearShape
 from qlora_kit.planning.components import loss_chunk_tokens
 from qlora_kit.planning.quantities import is_quantized, recomputed_blocks, targets, together, tokens
 from qlora_kit.planning.shapes import ModelShapes
+from qlora_kit.planning.trained import trained_branches, trained_sizes
 from qlora_kit.recipe import Recipe
 
 CAUSAL = 0.5  # of the scores, and so of attention's products, lie below the diagonal
@@ -63,17 +64,18 @@ def _runs(shapes: ModelShapes, recipe: Recipe) -> Iterator[tuple[int, bool, bool
 def count_products(shapes: ModelShapes, recipe: Recipe) -> dict[str, Products]:
     """The products of one micro-batch of full rows, each its own document, by part of the step.
 
-    Block 0's attention inputs need no gradient of x: the embedding is frozen. The product of the MLP's last linear is
-    not needed again in recomputation, only its input (and x A, for B's gradient). An expert has its share.
+    Block 0's attention inputs need no gradient of x, unless the embedding is trained. The product of the MLP's last
+    linear is not needed again in recomputation, only its input (and x A, for B's gradient). An expert has its share.
     """
     row, count, (experts, used) = shapes.architecture, tokens(recipe), shapes.experts
+    learns_embedding = bool(trained_sizes(shapes, recipe.adapter, row.embedding))
     work: dict[str, Products] = {part: defaultdict(float) for part in PARTS}
     for blocks, first, recomputed, selected in _runs(shapes, recipe):
         for linear in shapes.linears:
             outputs, inputs = linear.out_features, linear.in_features
             often = blocks * (used / experts if ".experts." in linear.name else 1)
             whole = recomputed and linear.name != row.mlp_out
-            needs_x = not first or linear.name not in row.attention_in
+            needs_x = not first or linear.name not in row.attention_in or learns_embedding
             work["forward"][Product("NT", count, inputs, outputs)] += often
             work["recomputation"][Product("NT", count, inputs, outputs)] += often * whole
             work["backward"][Product("NN", count, outputs, inputs)] += often * needs_x
@@ -85,6 +87,10 @@ def count_products(shapes: ModelShapes, recipe: Recipe) -> dict[str, Products]:
     chunks = recipe.train.micro_batch * (recipe.data.seq_len - 1) / chunk  # of the learned positions
     work["head"][Product("NT", chunk, shapes.hidden, vocabulary)] += chunks
     work["head"][Product("NN", chunk, vocabulary, shapes.hidden)] += chunks
+    if trained_sizes(shapes, recipe.adapter, row.head):  # logits once more, and the gradient of W or of B
+        columns = recipe.adapter.rank if row.head in trained_branches(shapes, recipe.adapter.target_modules) else None
+        work["head"][Product("NT", chunk, shapes.hidden, vocabulary)] += chunks
+        work["head"][Product("TN", vocabulary, chunk, columns or shapes.hidden)] += chunks
     return work
 
 

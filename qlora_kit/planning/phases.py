@@ -82,6 +82,7 @@ def phases(shapes: ModelShapes, recipe: Recipe, device: Device) -> dict[str, Pha
 
 def _load(shapes: ModelShapes, recipe: Recipe, device: Device, static: Ledger) -> Phase:
     base = sum(static[name] for name in ("base_nf4", "quant_constants", "base_unquantized", "runtime"))
+    base += components.given_up(shapes, recipe) * value_bytes(recipe)  # when its training begins
     arriving = components.largest_linear(shapes) * value_bytes(recipe) if is_quantized(recipe) else 0
     read = components.largest_tensor(shapes) * value_bytes(recipe)
     away = away_bytes(shapes, recipe, device)

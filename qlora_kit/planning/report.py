@@ -31,10 +31,12 @@ MEANINGS = {
 }
 MOMENTS = {
     "loss": "the loss",
+    "head backward": "the head's backward",
     "final norm": "the backward of the final norm",
     "kept block backward": "the backward of a block that kept its activations",
     "block backward": "one block's backward",
     "first block backward": "the first block's backward",
+    "embedding backward": "the embedding's backward",
     "loss backward": "the loss' backward",
     "block product": "one product of a block's backward",
     "head": "a product with the 4-bit head",

@@ -182,6 +182,7 @@ def matches(module_name: str, target_modules: str | Sequence[str]) -> bool:
 def select_targets(shapes: ModelShapes, target_modules: str | Sequence[str]) -> list[list[LinearShape]]:
     """The targeted linears of each block, in order; a selection may differ from block to block.
 
+    A list may also name embedding and head, which are no linears of a block; see `planning.trained`.
     Raises: RecipeError: a target that selects nothing; lists what there is, with the nearest name.
     """
     blocks = shapes.architecture.blocks
@@ -190,9 +191,17 @@ def select_targets(shapes: ModelShapes, target_modules: str | Sequence[str]) -> 
         wanted: list[str | list[str]] = [target_modules]
     else:
         wanted = [[target] for target in target_modules] or [[]]
+    tables = [shapes.architecture.embedding, shapes.architecture.head]
     for target in wanted:
+        if isinstance(target, list) and any(matches(name, target) for name in tables):
+            continue
         if not any(matches(name, target) for name in names):
             raise RecipeError(_nothing_selected(shapes, target))
+    if not any(matches(name, target_modules) for name in names):
+        raise RecipeError(
+            f"adapter.target_modules: {target_modules!r} selects no linear of the decoder blocks; add one of "
+            f"{', '.join(linear.name for linear in shapes.linears)}"
+        )
     return [
         [linear for linear in shapes.linears if matches(f"{blocks}.{layer}.{linear.name}", target_modules)]
         for layer in range(shapes.layers)
@@ -210,7 +219,8 @@ def _nothing_selected(shapes: ModelShapes, target: str | list[str]) -> str:
         return f"adapter.target_modules: the regular expression {target!r} selects nothing{hint}; {listing}"
     if not target:
         return f"adapter.target_modules: the list is empty; {listing}"
-    hint = nearest(target[0], [name.rpartition(".")[2] for name in available] + available)
+    tables = [shapes.architecture.embedding, shapes.architecture.head]
+    hint = nearest(target[0], [name.rpartition(".")[2] for name in (*available, *tables)] + available)
     return f"adapter.target_modules: {target[0]!r} selects nothing{hint}; {listing}"
 
 

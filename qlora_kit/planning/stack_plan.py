@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from qlora_kit.architectures import ARCHITECTURES
+from qlora_kit.errors import RecipeError
 from qlora_kit.planning import components
 from qlora_kit.planning.hardware import Device, device_for
 from qlora_kit.planning.moments import total
@@ -20,6 +21,7 @@ from qlora_kit.planning.shapes import ModelShapes, model_shapes, read_config
 from qlora_kit.planning.stack_moments import in_stack, stack_moments, stack_peak, static_ledger
 from qlora_kit.planning.stacks import STACKS
 from qlora_kit.planning.suggest import changed
+from qlora_kit.planning.trained import trained_sizes
 from qlora_kit.recipe import Recipe
 
 
@@ -35,12 +37,18 @@ def plan_in_stack(
 
     Args:
         budget_bytes, gpu, shapes: as `make_plan` takes them.
-    Raises: ModelError: no usable config. RecipeError: unknown card, or targets that select nothing.
+    Raises: ModelError: no usable config. RecipeError: unknown card, targets that select nothing, or more trained than
+        LoRA on linears of the blocks, whose cost elsewhere is not known here.
     """
     if budget_bytes is None and recipe.memory.budget != "auto":
         budget_bytes = recipe.memory.budget
     if shapes is None:
         shapes = model_shapes(*read_config(recipe.model.path, recipe.model.revision), planned_only=True)
+    if trained_sizes(shapes, recipe.adapter):
+        raise RecipeError(
+            f"--stack {stack}: what it takes to train embedding, head or norms there is not known here; leave out "
+            "adapter.modules_to_save, and embedding and head of adapter.target_modules"
+        )
     return plan_shapes_in_stack(shapes, recipe, stack, device_for(recipe.train.device, gpu, budget_bytes))
 
 

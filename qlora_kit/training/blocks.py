@@ -243,37 +243,52 @@ def attach(base: Base, recomputed: int | bool = True, **settings: Any) -> None:
         block.forward.reserve()
 
 
+def passage_of(base: Base) -> Passage:
+    """What the blocks have in common; with nothing attached yet, by default."""
+    if not isinstance(base.blocks()[0].__dict__.get("forward"), BlockRunner):
+        attach(base)
+    runner: Any = base.blocks()[0].forward
+    return runner.settings
+
+
 def last_hidden_states(base: Base, batches: Sequence[Any], dropout_keys: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """The hidden state after the final norm, [B, T, D], of each micro-batch; they pass the blocks together.
 
     transformers' own forward runs twice without its blocks: once to record what it passes to each of them, once (on any
     embeddings: they go nowhere) to do what it does after them. So no architecture's masks and positions are known here.
     """
-    if not isinstance(base.blocks()[0].__dict__.get("forward"), BlockRunner):
-        attach(base)
+    settings = passage_of(base)
     runners: list[Any] = [block.forward for block in base.blocks()]
-    settings: Passage = runners[0].settings
     hiddens: list[Tensor] = []
     recorded: list[list[Call]] = []
-    for batch, key in zip(batches, dropout_keys, strict=True):
+    for batch, key in backward_in_order(list(zip(batches, dropout_keys, strict=True))):
         settings.dropout_seed.key = key
         calls: list[Call] = []
 
         def record(index: int, hidden: Tensor, call: Call, calls: list[Call] = calls) -> Tensor:
             if index == 0:
-                hiddens.append(hidden)
+                hiddens.insert(0, hidden)
             calls.append(call)
             return hidden
 
         _around_blocks(base, batch, settings, record, input_ids=batch.input_ids.to(base.device))
-        recorded.append(calls)
+        recorded.insert(0, calls)
     for runner, of_block in zip(runners, zip(*recorded, strict=True)):
         hiddens = list(runner.run(hiddens, of_block))
     mark("final norm")
-    return [
+    last = [
         _around_blocks(base, batch, settings, lambda *_, after=hidden: after, inputs_embeds=hidden.detach())
-        for batch, hidden in zip(batches, hiddens)
+        for batch, hidden in backward_in_order(list(zip(batches, hiddens)))
     ]
+    return last[::-1]
+
+
+def backward_in_order(micro_batches: Sequence[Any]) -> Iterator[Any]:
+    """The last first: autograd takes what was made last first, so backward then goes from the first to the last.
+
+    So what is trained outside the blocks adds up its gradients in the order of the micro-batches, as blocks do.
+    """
+    return reversed(micro_batches)
 
 
 def _around_blocks(

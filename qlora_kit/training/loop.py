@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit import files
+from qlora_kit.adapters.inject import DEFAULT
+from qlora_kit.adapters.lora import LoRABranch
 from qlora_kit.adapters.store import save_adapter
 from qlora_kit.base.device import (
     peak_bytes,
@@ -274,6 +276,9 @@ def _set_training(run: Run, mode: bool) -> None:
     """The frozen base always runs in eval mode (its own dropout is off); only the branches change."""
     for linear in run.base.linears().values():
         linear.branches.train(mode)
+    for trained in run.base.updates.get(DEFAULT, {}).values():
+        if isinstance(trained, LoRABranch):
+            trained.train(mode)
 
 
 def _evaluate(run: Run, metrics: Metrics) -> Evaluation:

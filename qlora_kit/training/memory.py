@@ -60,7 +60,8 @@ def _base_tensors(base: Base, trained: set[int]) -> Iterator[tuple[str, Tensor]]
     yield from (("workspace", buffer) for buffer in buffers)
     for linear in base.linears().values():
         yield from (entry for entry in _linear_tensors(linear) if not entry[1].is_meta)
-    others = (value for value in base.model.parameters() if id(value) not in trained)  # a tied one once
+    kept = [value for value in base.replaced.values() if isinstance(value, Tensor)]  # the base's own below an adapter's
+    others = (value for value in (*base.model.parameters(), *kept) if id(value) not in trained)  # a tied one once
     yield from (("base_unquantized", value) for value in others if not value.is_meta)
 
 

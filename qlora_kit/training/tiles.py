@@ -47,7 +47,7 @@ class TokenWise:
         single = len(self.tiles(x)) == 1
         if not torch.is_grad_enabled() or not (x.requires_grad or parameters):
             return self.plain_forward(x) if single else self.run(x)
-        if single and (self.last is not None or parameters or not self.recomputes):
+        if single and (self.last is not None or not self.recomputes):
             return self.plain_forward(x)  # of a single tile nothing is left when its backward begins
         return _RunTiles.apply(self, x, *parameters)
 

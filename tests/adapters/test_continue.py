@@ -118,8 +118,8 @@ def test_the_recipe_takes_over_what_the_adapter_has(tiny_model, tmp_path):
     ("settings", "message"),
     [
         ({"use_dora": True}, "a DoRA adapter cannot be trained here"),
-        ({"modules_to_save": ["lm_head"]}, r"tensor 'base_model.model.lm_head.weight' cannot be trained here"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head.base_layer.weight' cannot be trained here"),
+        ({"modules_to_save": ["up_proj"]}, r"tensor 'base_model.model.model.layers.0.mlp.up_proj.weight' cannot be"),
+        ({"target_modules": ["lm_head"]}, "holds no lora_A of a linear of the decoder blocks"),
         ({"trainable_token_indices": [4]}, "trainable_tokens_delta' cannot be trained here"),
     ],
 )

@@ -17,7 +17,7 @@ from qlora_kit.architecture_parts import LinearShape
 from qlora_kit.architectures import ARCHITECTURES
 from qlora_kit.base.loader import load_base
 from qlora_kit.base.streaming import Placement
-from qlora_kit.base.vocabulary import ResidentHead
+from qlora_kit.base.vocabulary import ResidentTable
 from qlora_kit.optimizers import OPTIMIZERS
 from qlora_kit.planning import components as ledger
 from qlora_kit.planning.moments import total, training_moments
@@ -202,7 +202,7 @@ def test_beside_the_logits_the_loss_takes_what_is_planned(dtype: str, embeddings
     recipe = recipe_with(*settings, "data.seq_len=512")
     hidden, head = (torch.zeros(rows, 2048, dtype=getattr(torch, dtype)) for rows in (512, 256))
     hidden.requires_grad_()
-    resident = ResidentHead(head)
+    resident = ResidentTable(head)
     resident.is_resident = embeddings == "device"  # else it passes once, for all tokens
     targets = torch.zeros(512, dtype=torch.long)
     peak = peak_bytes_of(lambda: chunked_cross_entropy(hidden, resident, targets, chunk_tokens=64))
@@ -222,7 +222,7 @@ def test_a_pass_over_a_fetched_head_takes_the_planned_slots(
         base = load_base(recipe.model, "simgpu", Placement(embeddings=embeddings))
         before = device.live_bytes
         device.reset_peak()
-        for _ in base.model.get_output_embeddings().chunks(ledger.LOSS_CHUNK_VOCABULARY):
+        for _ in base.model.get_output_embeddings().table.chunks(ledger.LOSS_CHUNK_VOCABULARY):
             pass
         peak = device.peak_bytes - before
     assert peak == ledger.head_slots(model_shapes(*read_config(str(folder))), recipe)

@@ -39,7 +39,7 @@ def placed(where: str) -> list[str]:
     return [f"memory.{key}={value}" for key, value in zip(keys, PLACEMENTS[where])]
 
 
-def switches(recomputed: object, together: int, keep: bool) -> list[str]:
+def switches_of(recomputed: object, together: int, keep: bool) -> list[str]:
     values = {"gradient_checkpointing": recomputed, "micro_batches_together": together, "keep_dequantized": keep}
     return [f"memory.{key}={str(value).lower()}" for key, value in values.items()]
 
@@ -62,7 +62,7 @@ def assert_close(planned: int, measured: int) -> None:
 def test_a_step_takes_what_is_planned(
     where: str, recomputed: object, together: int, keep: bool, tmp_path: Path
 ) -> None:
-    assert_close(*peaks(tmp_path, *placed(where), *switches(recomputed, together, keep)))
+    assert_close(*peaks(tmp_path, *placed(where), *switches_of(recomputed, together, keep)))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,23 @@ def test_a_step_takes_what_is_planned(
     ids=" ".join,
 )
 def test_a_step_takes_what_is_planned_when_one_thing_changes(changes: tuple[str, ...], tmp_path: Path) -> None:
-    assert_close(*peaks(tmp_path, *placed("device"), *switches(2, 1, False), *changes))
+    assert_close(*peaks(tmp_path, *placed("device"), *switches_of(2, 1, False), *changes))
+
+
+TRAINED = {
+    "embedding and head": "adapter.modules_to_save=[embed_tokens, lm_head]",
+    "norms": "adapter.modules_to_save=[norm]",
+    "branches": "adapter.target_modules=[q_proj, v_proj, down_proj, embed_tokens, lm_head]",
+}
+
+
+@pytest.mark.parametrize("switches", [(True, 1, False), (False, 2, False)], ids=str)
+@pytest.mark.parametrize("what", TRAINED)
+def test_a_step_takes_what_is_planned_when_more_than_linears_is_trained(
+    what: str, switches: tuple[bool, int, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONFIG, "vocab_size", 5000)
+    assert_close(*peaks(tmp_path, *placed("device"), *switches_of(*switches), TRAINED[what]))
 
 
 # ------------------------------------------------------------------------------------------------- closed forms

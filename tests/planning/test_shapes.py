@@ -225,7 +225,8 @@ def test_a_regular_expression_may_select_differently_per_block() -> None:
     ("target_modules", "complaint"),
     [
         (["q_porj"], r"'q_porj' selects nothing; did you mean 'q_proj'.*self_attn.k_proj"),
-        (["q_proj", "lm_head"], r"'lm_head' selects nothing"),
+        (["q_proj", "lm_had"], r"'lm_had' selects nothing; did you mean 'lm_head'"),
+        (["lm_head"], r"selects no linear of the decoder blocks; add one of self_attn.q_proj"),
         ("q_proj", r"'q_proj' selects nothing; as a list it would: \[q_proj\]"),
         ("all-linaer", r"did you mean 'all-linear'"),
         (r".*\.qq_proj", r"must match whole names such as 'model.layers.0.self_attn.q_proj'"),

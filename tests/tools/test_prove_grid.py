@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from qlora_kit.architectures import ARCHITECTURES
-from tools.prove_grid import HALVES, MEASURES, MODELS, SWITCHES, grid
+from tools.prove_grid import HALVES, MEASURES, MODELS, SWITCHES, beside, grid
 from tools.random_base import shape_config
 
 halves = pytest.mark.parametrize("half", HALVES)
@@ -50,4 +50,14 @@ def test_a_small_point_is_measured_as_planned(half, tmp_path):
     small = replace(first, model="smollm2-135m", layers=2, values=first.values | {"data.seq_len": 128})
     point = MEASURES[half](small, tmp_path)
     assert min(point.planned["activations"], point.measured["activations"]) > 0
+    assert abs(point.error) <= 0.03
+
+
+@halves
+@pytest.mark.parametrize("number", [0, 1], ids=["whole", "branches"])
+def test_what_is_trained_beside_the_linears_is_measured_as_planned(half, number, tmp_path):
+    asked = beside(half)[number]
+    small = replace(asked, model="smollm2-135m", layers=2, values=asked.values | {"data.seq_len": 128})
+    point = MEASURES[half](small, tmp_path)
+    assert min(point.planned["optimizer"], point.measured["optimizer"]) > 0
     assert abs(point.error) <= 0.03

@@ -162,12 +162,20 @@ def test_gradients_reach_every_B_in_step_1_and_every_A_in_step_2(model, corpus, 
     assert {name for name in names if name.endswith("lora_A")} <= moved[1]
 
 
-LIKE_OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("adamw_8bit", "paged_adamw_32bit")]
+LINEARS: dict = {}
+TABLES = {"target_modules": ["q_proj", "up_proj", "embed_tokens"], "modules_to_save": ["lm_head", "norm"]}
+LIKE_OTHERS = [pytest.param(name, LINEARS, marks=pytest.mark.slow) for name in ("adamw_8bit", "paged_adamw_32bit")]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit", *LIKE_OTHERS])
-def test_resumed_run_equals_uninterrupted_run(optimizer, model, corpus, tmp_path, monkeypatch):
-    changes = {"adapter": {"dropout": 0.1, "rank": 64, "dtype": "bfloat16"}, "model": {"quantization": "nf4"}}
+@pytest.mark.parametrize(
+    ("optimizer", "trained"),
+    [("adamw", LINEARS), ("paged_adamw_8bit", LINEARS), ("paged_adamw_8bit", TABLES), *LIKE_OTHERS],
+)
+def test_resumed_run_equals_uninterrupted_run(optimizer, trained, model, corpus, tmp_path, monkeypatch):
+    changes = {
+        "adapter": {"dropout": 0.1, "rank": 64, "dtype": "bfloat16", **trained},
+        "model": {"quantization": "nf4", "dtype": "bfloat16"},
+    }
     train_keys = {"optimizer": optimizer, "save_every": 1, "max_grad_norm": 0.5, "eval_every": 2}
     whole = recipe(model, corpus, tmp_path / "whole", train=train_keys, data={"eval": 0.2}, **changes)
     train(whole)

@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kit.base.vocabulary import ResidentHead
+from qlora_kit.adapters.lora import LoRABranch
+from qlora_kit.adapters.tables import BranchedTable, TrainedTable
+from qlora_kit.base.vocabulary import ResidentTable
 from qlora_kit.data.tokenize import IGNORE_INDEX
+from qlora_kit.profiling.simulated_device import simulated_device
 from qlora_kit.training.loss import chunked_cross_entropy
 
 
@@ -24,7 +27,7 @@ def problem(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]
     return hidden, head, targets
 
 
-class PassingHead(ResidentHead):
+class PassingHead(ResidentTable):
     """A head that is not there between passes, which are counted; a chunk is gone when the next one is asked for."""
 
     is_resident, passes = False, 0
@@ -45,7 +48,7 @@ def reference(hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | No
     return loss.detach(), torch.autograd.grad(loss, hidden)[0]
 
 
-def tiled(hidden: Tensor, head: Tensor | ResidentHead, targets: Tensor, *tile: int, softcap: float | None = None):
+def tiled(hidden: Tensor, head: Tensor | ResidentTable, targets: Tensor, *tile: int, softcap: float | None = None):
     """Loss and gradient of hidden by ours."""
     hidden = hidden.detach().requires_grad_()
     chunk = dict(zip(("chunk_tokens", "chunk_vocabulary"), tile))
@@ -162,3 +165,79 @@ def test_on_a_cpu_one_shape_serves_many_counts_of_learned_tokens(monkeypatch):
         found = tiled(hidden, head, targets, 1000, 1000)
         torch.testing.assert_close(found, reference(hidden, head, targets, None), rtol=2e-6, atol=2e-6)
     assert shapes == {(64, 8), (64, 37)}
+
+
+# --------------------------------------------------------------------------------------------- a head that is trained
+
+
+def head_gradients(trained: TrainedTable | BranchedTable) -> list[Tensor]:
+    """Of a whole head, [V, D]; of a branch, of A and of B."""
+    if isinstance(trained, TrainedTable):
+        return [torch.cat([piece.grad for piece in trained.pieces if piece.grad is not None])]
+    return [
+        parameter.grad for parameter in (trained.branch.lora_A, trained.branch.lora_B) if parameter.grad is not None
+    ]
+
+
+def learnt(hidden: Tensor, trained: TrainedTable | BranchedTable, targets: Tensor, chunk: int, softcap: float | None):
+    """Gradients of hidden and of the head by ours, the loss weighed by 0.3 and then by 0.7."""
+    hidden = hidden.detach().requires_grad_()
+    for share in (0.3, 0.7):
+        loss = chunked_cross_entropy(hidden, trained, targets, chunk_tokens=chunk, chunk_vocabulary=5, softcap=softcap)
+        (share * loss).backward()
+    return [hidden.grad, *head_gradients(trained)]
+
+
+def learnt_by_torch(hidden: Tensor, head: Tensor, branch: LoRABranch | None, targets: Tensor, softcap: float | None):
+    """The same by torch's own cross entropy on whole logits."""
+    hidden, head = hidden.detach().requires_grad_(), head.detach().requires_grad_()
+    parameters = [head] if branch is None else [branch.lora_A, branch.lora_B]
+    logits = hidden @ head.T
+    if branch is not None:
+        logits = logits + branch.scale * hidden @ branch.lora_A.T @ branch.lora_B.T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return torch.autograd.grad(loss, [hidden, *parameters])
+
+
+@pytest.mark.parametrize("with_branch", [False, True], ids=["whole", "branch"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 1000])
+def test_gradients_of_a_trained_head_are_torchs(chunk_tokens, softcap, with_branch, monkeypatch):
+    for module in ("adapters.tables", "training.loss"):
+        monkeypatch.setattr(f"qlora_kit.{module}.TABLE_ROWS", 16)
+    monkeypatch.setattr("qlora_kit.training.loss.LOSS_CHUNK_VOCABULARY", 48)  # three times as many tokens a tile
+    hidden, head, targets = problem(torch.float64)
+    branch = LoRABranch(torch.randn(3, 8).double(), torch.randn(37, 3).double(), scale=0.5) if with_branch else None
+    trained = TrainedTable(head.clone()) if branch is None else BranchedTable(ResidentTable(head), branch)
+    expected = learnt_by_torch(hidden, head, branch, targets, softcap)
+    found = learnt(hidden, trained, targets, chunk_tokens, softcap)
+    assert len(found) == len(expected) == 2 + with_branch
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_gradient_of_a_bf16_head_is_as_exact_as_torchs_on_whole_logits():
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(rows, 32, generator=generator).bfloat16() for rows in (512, 100))
+    targets = torch.randint(0, 100, (512,), generator=generator)
+    exact = learnt_by_torch(hidden.double(), head.double(), None, targets, None)[1]
+    trained = TrainedTable(head.clone())
+    chunked_cross_entropy(hidden, trained, targets, chunk_tokens=64).backward()
+    (found,) = head_gradients(trained)
+    assert found.dtype == torch.bfloat16
+    theirs = learnt_by_torch(hidden, head, None, targets, None)[1]
+    assert (found.double() - exact).norm() < 1.05 * (theirs.double() - exact).norm()
+
+
+def test_nothing_as_tall_as_the_vocabulary_is_made_for_a_trained_head():
+    hidden, targets = torch.randn(64, 16, requires_grad=True), torch.zeros(64, dtype=torch.long)
+    with simulated_device() as device:
+        trained = TrainedTable(torch.randn(60_000, 16).to("simgpu"))
+        trained.gradient(0, 1)
+        given = hidden.detach().to("simgpu").requires_grad_(), trained, targets.to("simgpu")
+        before = device.live_bytes
+        device.reset_peak()
+        chunked_cross_entropy(*given, chunk_tokens=8).backward()
+        peak = device.peak_bytes - before
+    assert peak < 8 * 16384 * 4 + 64 * 16 * 4 * 20 < 60_000 * 16 * 4  # a tile, some hidden states; the table is more
