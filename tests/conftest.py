@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# Each worker and its children take one core: threads that wait for a core which another has cost four times the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 SMALL = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -56,7 +56,7 @@ COMPONENTS = (
 )
 PLAN_KEYS = (
     "schema fits budget_bytes peak_bytes peak_phase components phases trainable_parameters total_parameters "
-    "trainable_percent resident_blocks streamed_blocks settings suggestions estimated room"
+    "trainable_percent resident_blocks streamed_blocks settings suggestions estimated room roomy"
 )
 STEP_KEYS = "step loss lr grad_norm tokens tokens_per_s step_s device_peak_bytes host_rss_bytes"
 TEMPLATE = (

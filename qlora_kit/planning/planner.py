@@ -126,11 +126,11 @@ class Plan:
             "trainable_percent": self.trainable_percent,
             "resident_blocks": self.resident_blocks,
             "streamed_blocks": self.streamed_blocks,
-            "roomy": self.roomy,
             "settings": self.settings,
             "suggestions": list(self.suggestions),
             "estimated": self.estimated and self.estimated.to_json(),
             "room": self.room and dict(vars(self.room)),
+            "roomy": self.roomy,
             **elsewhere,
         }
 

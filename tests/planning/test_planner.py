@@ -38,7 +38,7 @@ def test_json_has_the_keys_of_the_contract_in_its_order() -> None:
     assert list(made) == [
         *("schema", "fits", "budget_bytes", "peak_bytes", "peak_phase", "components", "phases"),
         *("trainable_parameters", "total_parameters", "trainable_percent", "resident_blocks", "streamed_blocks"),
-        *("settings", "suggestions", "estimated", "room"),
+        *("settings", "suggestions", "estimated", "room", "roomy"),
     ]
     assert tuple(made["components"]) == COMPONENTS
     assert list(made["phases"]) == ["load", "train", "eval", "save", "merge"]
