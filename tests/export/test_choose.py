@@ -18,7 +18,7 @@ from qlora_kit.export.verify import live_model
 from qlora_kit.recipe import Adapter, Model
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def trained(request, tiny_model, tmp_path_factory):
     """Base folder, adapter folder, held-out rows, and how to load the live model."""
     folder, adapter = tiny_model(request.param), tmp_path_factory.mktemp("adapter")

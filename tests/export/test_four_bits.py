@@ -38,7 +38,7 @@ def train(folder, adapter, **changes):
     return folder, adapter
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
+@pytest.fixture(scope="module", params=["qwen2", "gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def pair(request, tiny_model, tmp_path_factory):
     return train(tiny_model(request.param), tmp_path_factory.mktemp("adapter"))
 

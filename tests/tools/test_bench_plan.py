@@ -8,6 +8,7 @@ from qlora_kit.errors import QLoRAKitError
 from tools.bench_plan import measure, seconds_of
 
 
+@pytest.mark.slow
 def test_both_answer_without_a_hub_and_the_plan_is_faster() -> None:
     found = measure("smollm2-135m", runs=1)
     (kit,), (accelerate,) = found.values()

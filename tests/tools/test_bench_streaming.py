@@ -39,6 +39,7 @@ def test_streamed_steps_are_measured_beside_resident_ones(options, tmp_path, cap
     assert "x resident" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_both_orders_of_accumulation_see_the_same_data_and_gradients(options, tmp_path, capsys):
     found = together(options, tmp_path)
     assert found["cold"] and found["loss"]["together"] == pytest.approx(found["loss"]["one by one"], rel=1e-5)

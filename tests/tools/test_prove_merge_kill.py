@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tools.prove_merge_kill import prove
 
 
+@pytest.mark.slow
 def test_three_kills_leave_nothing_half_done(tmp_path):
     found = prove(tmp_path, kills=3, layers=3)
     assert found["kills"] == 3
