@@ -11,7 +11,7 @@ WIDTHS_PER_OCTAVE = 4
 def few_sizes(count: int) -> int:
     """The smallest of few sizes that is not less than `count`: multiples of 32; above 128, four to each doubling.
 
-    A count above 128 is padded by a quarter at most, by a tenth on average.
+    A count above 128 is padded by a quarter at most.
     """
     if count < 1:
         return 0

@@ -134,11 +134,6 @@ def _padding(rows: Sequence[int], micro_batch: int, seq_len: int) -> float:
     return 1 - sum(rows) / positions
 
 
-def _packed_padding(rows: Sequence[int], seq_len: int) -> float:
-    """Share of padding when all rows are padded to the longest."""
-    return 1 - sum(rows) / (len(rows) * padded_width(max(rows), seq_len))
-
-
 def measure(path: Path, recipe: Recipe, tokenizer: Any) -> Lengths:
     """Read a file as the recipe's run would.
 
@@ -151,15 +146,15 @@ def measure(path: Path, recipe: Recipe, tokenizer: Any) -> Lengths:
         examples, _ = split_examples(examples, data.eval, train.seed)
     unpacked = tuple(len(example.input_ids) for example in examples)
     packed = tuple(sum(unpacked[index] for index in row) for row in pack(unpacked, data.seq_len))
-    rows, one_a_row = packed if data.packing else unpacked, _padding(unpacked, train.micro_batch, data.seq_len)
+    one_a_row = _padding(unpacked, train.micro_batch, data.seq_len)
     return Lengths(
         tokens=tuple(sorted(len(example.input_ids) for example in uncut)),
         report=report,
         seq_len=data.seq_len,
         packing=data.packing,
         rows_per_step=train.micro_batch * train.grad_accumulation,
-        rows=rows,
+        rows=packed if data.packing else unpacked,
         unpacked=unpacked,
-        padding=_packed_padding(packed, data.seq_len) if data.packing else one_a_row,
+        padding=_padding(packed, len(packed), data.seq_len) if data.packing else one_a_row,
         unpacked_padding=one_a_row,
     )

@@ -24,15 +24,19 @@ def adapter_of_size(folder, out, size):
     return branches(base)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_evidence_is_the_norms_of_what_would_be_written(model_type, tiny_model, tmp_path):
-    folder = tiny_model(model_type)
-    adapter = adapter_of_size(folder, tmp_path / "a", 0.1)
-    merge = open_merge(folder, tmp_path / "a", dtype="bfloat16")
+def first_row(folder, out, **how):
+    """Of an adapter made in `out`: the merge, its evidence, the first tensor with its row, and its whole update."""
+    adapter = adapter_of_size(folder, out, 0.1)
+    merge = open_merge(folder, out, **how)
     found = evidence(merge)
     name, row = next(iter(found["tensors"].items()))
     branch = adapter[merge.linear(name)]
-    update = branch.scale * (branch.lora_B.double() @ branch.lora_A.double())
+    return merge, found, name, row, (branch.scale * (branch.lora_B.double() @ branch.lora_A.double())).detach()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_evidence_is_the_norms_of_what_would_be_written(model_type, tiny_model, tmp_path):
+    merge, found, name, row, update = first_row(tiny_model(model_type), tmp_path / "a", dtype="bfloat16")
     error = merge.weights.read(name).double() - merge.base.stored.read(name).double()
     assert row["quantization_error"] == pytest.approx((error.norm() / update.norm()).item(), rel=1e-6)
     assert 0 < row["rounding_error"] < 0.1
@@ -42,13 +46,7 @@ def test_evidence_is_the_norms_of_what_would_be_written(model_type, tiny_model, 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_evidence_of_4_bits_is_that_of_the_checkpoint(model_type, tiny_model, tmp_path):
-    folder = tiny_model(model_type)
-    adapter = adapter_of_size(folder, tmp_path / "a", 0.1)
-    merge = open_merge(folder, tmp_path / "a", onto="4bit")
-    found = evidence(merge)
-    name, row = next(iter(found["tensors"].items()))
-    branch = adapter[merge.linear(name)]
-    update = (branch.scale * (branch.lora_B.double() @ branch.lora_A.double())).detach()
+    merge, _, name, row, update = first_row(tiny_model(model_type), tmp_path / "a", onto="4bit")
     before = merge.weights.read(name).double()
     before = before.t() if model_type == "gpt2" else before
     written, trained = (merge.quantization.through(w.bfloat16()).double() for w in (before + update, before))
