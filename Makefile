@@ -20,7 +20,7 @@ test: check
 
 ## make test-slow    the proofs that take minutes
 test-slow: .venv/dev.done
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 ## make check        lint, format and types only
 check: .venv/dev.done
