@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -24,7 +25,9 @@ from qlora_kit.recipe import Data
 
 IGNORE_INDEX = -100  # target of a position that is not learned: prompt, padding, the end of a document
 MAX_DROPPED_FRACTION = 0.05  # of the rows; more than that is a wrong seq_len, not a few outliers
-_BATCH = 256  # documents encoded in one call; the tokenizer spreads them over its threads
+ENCODED_CHARACTERS = 1 << 17  # in one call of the tokenizer, which spreads documents over its threads
+
+_RenderedRow = tuple[Record, Sequence[Rendered]]
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,14 @@ class Example:
     """One document, or one window of a long text.
 
     Attributes:
-        input_ids: T token ids.
-        targets: T; targets[i] is the id to be predicted after input_ids[: i + 1], or IGNORE_INDEX; the last
+        input_ids: T token ids; from a file in an array, 4 bytes each.
+        targets: T, the same; targets[i] is the id to be predicted after input_ids[: i + 1], or IGNORE_INDEX; the last
             is ignored.
         source: `train.jsonl:17`.
     """
 
-    input_ids: list[int]
-    targets: list[int]
+    input_ids: Sequence[int]
+    targets: Sequence[int]
     source: str
 
     @property
@@ -124,7 +127,6 @@ class _Encoder:
     bos: int | None  # only where the tokenizer puts it before a text by itself
     eos: int | None
     special: frozenset[int]
-    shared: dict[int, int] = field(default_factory=dict)  # one int per id: 8 bytes a token instead of 36
 
     def encode(self, documents: Sequence[Rendered]) -> list[tuple[list[int], list[bool]]]:
         """For each document its ids and, for each id, whether it is learned.
@@ -147,7 +149,6 @@ class _Encoder:
     def _close(
         self, document: Rendered, ids: list[int], offsets: list[tuple[int, int]]
     ) -> tuple[list[int], list[bool]]:
-        ids = [self.shared.setdefault(id, id) for id in ids]
         learned = _learned(document.learned, offsets)
         if self.bos is not None and ids[:1] != [self.bos]:
             ids, learned = [self.bos, *ids], [False, *learned]
@@ -206,7 +207,7 @@ def _encoder(tokenizer: Any) -> _Encoder:
 def _example(ids: list[int], learned: list[bool], source: str) -> Example:
     """Shift: position i learns token i + 1."""
     targets = [id if flag else IGNORE_INDEX for id, flag in zip(ids[1:], learned[1:], strict=True)]
-    return Example(ids, [*targets, IGNORE_INDEX], source)
+    return Example(array("i", ids), array("i", [*targets, IGNORE_INDEX]), source)
 
 
 def _windows(ids: list[int], learned: list[bool], seq_len: int) -> Iterator[tuple[list[int], list[bool]]]:
@@ -264,6 +265,19 @@ class _Loading:
         )
 
 
+def _encoded_together(rendered: Iterable[_RenderedRow]) -> Iterator[list[_RenderedRow]]:
+    """In turn as many rows as have ENCODED_CHARACTERS together: while it encodes, a token takes some 300 bytes."""
+    rows, characters = list[_RenderedRow](), 0
+    for record, documents in rendered:
+        rows.append((record, documents))
+        characters += sum(len(document.text) for document in documents)
+        if characters >= ENCODED_CHARACTERS:
+            yield rows
+            rows, characters = [], 0
+    if rows:
+        yield rows
+
+
 def load_examples(path: Path, data: Data, tokenizer: Any) -> tuple[list[Example], DataReport]:
     """Every example of a JSONL file, in the file's order.
 
@@ -278,10 +292,10 @@ def load_examples(path: Path, data: Data, tokenizer: Any) -> tuple[list[Example]
     """
     encoder, loading = _encoder(tokenizer), _Loading(data)
     records = read_records(Path(path), data.format)
-    while batch := list(islice(records, _BATCH)):
-        rendered = [render(record, tokenizer, encoder.template, data.learn) for record in batch]
-        encoded = iter(encoder.encode([document for documents in rendered for document in documents]))
-        for record, documents in zip(batch, rendered, strict=True):
+    rendered = ((record, render(record, tokenizer, encoder.template, data.learn)) for record in records)
+    for rows in _encoded_together(rendered):
+        encoded = iter(encoder.encode([document for _, documents in rows for document in documents]))
+        for record, documents in rows:
             loading.add(record, list(islice(encoded, len(documents))))
     loading.require_enough(Path(path))
     examples = loading.examples

@@ -83,7 +83,7 @@ class RequantizedProof(Proof):
 
 def rows_of(examples: Sequence[Example]) -> Rows:
     """What of held-out documents goes to a scoring process: those with something to learn."""
-    return [(example.input_ids, example.targets) for example in examples if example.learned_tokens]
+    return [(list(example.input_ids), list(example.targets)) for example in examples if example.learned_tokens]
 
 
 def digest_of(rows: Rows) -> str:

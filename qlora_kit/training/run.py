@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from array import array
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -241,7 +242,8 @@ def run_identity(recipe: Recipe, base: Base, examples: list[Example]) -> dict[st
     """What must not change between the parts of one run, by name."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(repr((example.input_ids, example.targets)).encode())
+        for ids in (example.input_ids, example.targets):
+            digest.update(len(ids).to_bytes(8, "little") + array("i", ids).tobytes())
     values = recipe.model_dump(mode="json")
     keys = {
         f"{section}.{key}": str(value)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from qlora_kit.data.tokenize import (
+    ENCODED_CHARACTERS,
     IGNORE_INDEX,
     Example,
     load_examples,
@@ -64,7 +66,8 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 def load_rows(tmp_path: Path, tokenizer: Any, *rows: Any, **settings: Any) -> tuple[list[Example], Any]:
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return load_examples(path, Data(train=str(path), **settings), tokenizer)
+    examples, report = load_examples(path, Data(train=str(path), **settings), tokenizer)
+    return [replace(one, input_ids=list(one.input_ids), targets=list(one.targets)) for one in examples], report
 
 
 def load_one(tmp_path: Path, tokenizer: Any, row: Any, **settings: Any) -> Example:
@@ -237,12 +240,30 @@ def test_the_report_counts_tokens_and_knows_the_file(tmp_path: Path) -> None:
     assert again.fingerprint == report.fingerprint != other.fingerprint
 
 
-def test_more_rows_than_one_encoding_batch_keep_their_order_and_source(tmp_path: Path) -> None:
-    rows = [{"text": f"row {number}"} for number in range(1, 601)]
-    examples, _ = load_rows(tmp_path, byte_tokenizer(), *rows)
-    decoded = [byte_tokenizer().decode(example.input_ids) for example in examples]
-    assert decoded == [f"row {number}<|im_end|>" for number in range(1, 601)]
-    assert [example.source for example in examples] == [f"{tmp_path}/train.jsonl:{n}" for n in range(1, 601)]
+def test_rows_are_encoded_some_at_a_time_and_keep_their_order_and_source(tmp_path: Path) -> None:
+    encoded: list[int] = []
+
+    class Counting(PreTrainedTokenizerFast):
+        def __call__(self, text: Any, **settings: Any) -> Any:
+            encoded.append(sum(map(len, text)))
+            return super().__call__(text, **settings)
+
+    tokenizer = byte_tokenizer()
+    tokenizer.__class__ = Counting
+    length = ENCODED_CHARACTERS // 4
+    rows = [{"text": f"row {number} ".ljust(length, "x")} for number in range(1, 11)]
+    examples, _ = load_rows(tmp_path, tokenizer, *rows, seq_len=length + 1)
+    assert encoded[-3:] == [4 * length, 4 * length, 2 * length]
+    decoded = [tokenizer.decode(example.input_ids) for example in examples]
+    assert decoded == [f"{row['text']}<|im_end|>" for row in rows]
+    assert [example.source for example in examples] == [f"{tmp_path}/train.jsonl:{n}" for n in range(1, 11)]
+
+
+def test_a_token_of_a_file_takes_eight_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"text": "hey you"}))
+    ((example,), _) = load_examples(path, Data(train=str(path)), byte_tokenizer())
+    assert memoryview(example.input_ids).nbytes + memoryview(example.targets).nbytes == 8 * len(example.input_ids)
 
 
 def test_a_tokenizer_without_eos_is_refused_where_an_answer_could_not_end(tmp_path: Path) -> None:
