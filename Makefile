@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: help quickstart test test-slow check clean
@@ -16,11 +17,11 @@ quickstart: .venv/quickstart.done
 
 ## make test         set up, then lint, check types and run the tests
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 ## make test-slow    the proofs that take minutes
 test-slow: .venv/dev.done
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(PYTEST) -m slow
 
 ## make check        lint, format and types only
 check: .venv/dev.done
